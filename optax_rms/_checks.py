@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks and their error messages."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+Number = float | jax.Array
+
+
+def check_number(
+    name: str,
+    value: ArrayLike,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    exclude_low: bool = False,
+    exclude_high: bool = False,
+    hint: str = "",
+) -> Number:
+    """Return ``value`` as a Python float or a scalar array, or say what is wrong.
+
+    Python and NumPy numbers must be finite and lie between ``low`` and ``high``. JAX
+    arrays are checked for their shape only: under ``jax.vmap`` and
+    ``optax.inject_hyperparams`` they have no value yet.
+    """
+    if isinstance(value, (numbers.Real, np.ndarray)) and not isinstance(
+        value, (bool, np.bool_)
+    ):
+        if np.ndim(value) == 0:
+            number = float(value)
+            above = number > low if exclude_low else number >= low
+            below = number < high if exclude_high else number <= high
+            if math.isfinite(number) and above and below:
+                return number
+            left = "(" if exclude_low or low == -math.inf else "["
+            right = ")" if exclude_high or high == math.inf else "]"
+            raise ValueError(
+                f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, "
+                f"got {value!r}.{hint and ' ' + hint}"
+            )
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if value.ndim == 0:
+            return value  # pyright: ignore[reportReturnType]
+        raise ValueError(
+            f"{name} must be a number or a scalar array, got an array of shape "
+            f"{value.shape}; to train with many values at once, use jax.vmap."
+        )
+    raise TypeError(
+        f"{name} must be a number or a scalar array, got {value!r} "
+        f"of type {type(value).__name__}."
+    )
+
+
+def check_learning_rate(
+    name: str, value: ArrayLike | Callable[[Any], ArrayLike]
+) -> Number | Callable[[Any], ArrayLike]:
+    """Return a learning rate: a number of at least 0, a scalar array, or a schedule."""
+    if callable(value):
+        return value
+    hint = "To maximise an objective, negate the gradients."
+    return check_number(name, value, hint=hint)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return ``value`` as a Python bool: flags decide the structure of the program."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(
+        f"{name} must be True or False, got {value!r} of type {type(value).__name__}; "
+        "it is fixed when the transformation is built and cannot be traced."
+    )
+
+
+def check_accumulator_dtype(name: str, value: DTypeLike | None) -> np.dtype | None:
+    """Return ``value`` as a real floating dtype that this process can hold."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a floating dtype or None, got {value!r}."
+        ) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be a real floating dtype such as jnp.float32, got {dtype}."
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{name}={dtype} needs 64-bit mode; call "
+            'jax.config.update("jax_enable_x64", True) first.'
+        )
+    return dtype
+
+
+def check_inexact_leaves(what: str, tree: Any) -> None:
+    """Raise a ``TypeError`` naming every leaf that is neither real nor complex."""
+    if all(map(_is_inexact, jax.tree.leaves(tree))):
+        return
+    bad = [
+        f"{_path_name(path)} ({jnp.result_type(leaf)})"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not _is_inexact(leaf)
+    ]
+    raise TypeError(
+        f"{what} must be floating-point or complex; these leaves are not: "
+        f"{', '.join(bad)}. Cast them, or leave them out with optax.masked."
+    )
+
+
+def check_state_matches(
+    updates: Any, gradients: list[Any], columns: list[list[Any]]
+) -> None:
+    """Raise a ``ValueError`` naming every gradient whose shape its state does not have.
+
+    ``gradients`` are the leaves of ``updates``, with ``None``; each column holds the
+    leaves of one tree of the state in the same order.
+    """
+    bad = [
+        i
+        for i, g in enumerate(gradients)
+        if g is not None
+        and any(np.shape(g) != getattr(column[i], "shape", None) for column in columns)
+    ]
+    if not bad:
+        return
+    paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda g: g is None)
+    lines = [
+        f"{_path_name(paths[i][0])} has shape {np.shape(gradients[i])}, its state "
+        f"{[getattr(column[i], 'shape', column[i]) for column in columns]}"
+        for i in bad
+    ]
+    raise ValueError(
+        "gradients must have the shapes of the parameters given to init; "
+        f"{'; '.join(lines)}."
+    )
+
+
+def check_state_class(transformation: str, state: Any, expected: Any) -> None:
+    """Raise a ``TypeError`` if ``state`` is not of the class that ``init`` returns."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"{transformation} needs the {expected.__name__} that its init returns, got "
+            f"{type(state).__name__}. The state of another transformation, or of another "
+            "framework, has to be converted first; see optax_rms.dialects."
+        )
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(
+        leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact
+    )
+
+
+def _path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the only leaf"

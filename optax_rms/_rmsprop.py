@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer: a chain of the preconditioner, the learning rate and the momentum."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_rms import _checks as checks
+from optax_rms import _leafwise as leafwise
+from optax_rms._scale_by_rms import rms_step
+
+
+def _scale(g, factor):
+    return (factor.astype(g.dtype) * g,)
+
+
+def _learning_rate_step(learning_rate) -> leafwise.Step:
+    """``optax.scale_by_learning_rate``: multiply by minus the learning rate."""
+    learning_rate = checks.check_learning_rate("learning_rate", learning_rate)
+    if not callable(learning_rate):
+        return leafwise.Step(
+            init=lambda params: optax.EmptyState(),
+            begin=lambda state: (-learning_rate, ()),
+            leaf=_scale,
+            end=lambda state: state,
+        )
+    return leafwise.Step(
+        init=optax.scale_by_schedule(learning_rate).init,
+        begin=lambda state: (-learning_rate(state.count), ()),
+        leaf=_scale,
+        end=lambda state: state._replace(count=optax.safe_increment(state.count)),
+    )
+
+
+def _pass_on(g, nothing):
+    del nothing
+    return (g,)
+
+
+def _heavy_ball(g, momentum, trace):
+    trace = g + momentum.astype(g.dtype) * trace
+    return trace, trace
+
+
+def _nesterov(g, momentum, trace):
+    trace = g + momentum.astype(g.dtype) * trace
+    return g + momentum.astype(g.dtype) * trace, trace
+
+
+def _momentum_step(momentum, nesterov, accumulator_dtype) -> leafwise.Step:
+    """``optax.trace``, or nothing if there is no momentum."""
+    nesterov = checks.check_flag("nesterov", nesterov)
+    if momentum is None:
+        return leafwise.Step(
+            init=lambda params: optax.EmptyState(),
+            begin=lambda state: ((), ()),
+            leaf=_pass_on,
+            end=lambda state: state,
+        )
+    momentum = checks.check_number("momentum", momentum, 0, 1)
+    dtype = checks.check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
+    return leafwise.Step(
+        init=lambda params: optax.TraceState(leafwise.accumulator(params, 0, dtype)),
+        begin=lambda state: (momentum, (state.trace,)),
+        leaf=_nesterov if nesterov else _heavy_ball,
+        end=lambda state, trace: optax.TraceState(trace),
+    )
+
+
+def rmsprop(
+    learning_rate: ArrayLike | Callable[[Any], ArrayLike],
+    decay: ArrayLike = 0.9,
+    eps: ArrayLike = 1e-8,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    lr_in_momentum: bool = True,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    r"""RMSProp: divide the gradient by a running average of its recent magnitude.
+
+    Each parameter gets steps of about the size of the learning rate, whatever the scale
+    of its gradient. A drop-in for ``optax.rmsprop``: the same arguments, trajectory and
+    state, except that ``centered=True`` keeps the variance itself and cannot turn to
+    NaN, and that averages and momentum of half-precision parameters are float32.
+
+    With the preconditioned gradient :math:`u_t` of `scale_by_rms` (where ``eps`` and
+    ``initial_scale`` stand in its equations), the parameters change by
+    :math:`\theta_t - \theta_{t-1} =`
+
+    .. math::
+      -\text{learning_rate}_t \, u_t
+        \quad &\text{without momentum} \
+      b_t = \text{momentum} \, b_{t-1} - \text{learning_rate}_t \, u_t
+        \quad &\text{with lr_in_momentum (TensorFlow, Keras, Optax)} \
+      -\text{learning_rate}_t \, b_t, \quad b_t = \text{momentum} \, b_{t-1} + u_t
+        \quad &\text{without lr_in_momentum (PyTorch)}
+
+    from :math:`b_0 = 0`. The last two part ways when the learning rate changes. With
+    ``nesterov``, :math:`b_t` is replaced, in the change only, by
+    :math:`\text{momentum} \, b_t` plus the term that was added to form :math:`b_t`.
+
+    Everything between gradient and update is computed in float32, or float64 for float64
+    leaves; the update has the gradient's dtype. Per element the state holds 4 bytes,
+    8 with momentum or centred, 12 with both.
+
+    Args:
+      learning_rate: a number of at least 0, a scalar array, or a schedule from the
+        step count, starting at 0, to one.
+      decay: weight of the past in the moving average, in [0, 1].
+      eps: added to the mean square, or to its root; at least 0.
+      initial_scale: what the mean square (the variance, if centred) starts from.
+      eps_in_sqrt: whether ``eps`` sits inside the root.
+      centered: whether to divide by the standard deviation of the gradient, its root
+        mean square about its own moving average.
+      momentum: weight of the past in the momentum, in [0, 1]; ``None`` for none.
+      nesterov: whether to look ahead by one momentum step.
+      bias_correction: whether to divide the averages by the sum of their weights.
+      lr_in_momentum: whether the learning rate is applied before the momentum buffer,
+        which then has the unit of the parameters, or after it.
+      accumulator_dtype: dtype of averages and momentum; ``None`` is at least float32.
+        Under ``optax.inject_hyperparams``, which takes what is callable for a schedule,
+        write ``"float32"`` instead of ``jnp.float32``.
+
+    Returns:
+      A gradient transformation. Its state is the tuple that ``optax.chain`` has for the
+      same steps: that of `scale_by_rms`, then ``optax.EmptyState`` or
+      ``ScaleByScheduleState`` for the learning rate and ``TraceState`` or ``EmptyState``
+      for the momentum, these two swapped if not ``lr_in_momentum``.
+
+    Raises:
+      ValueError: a number is out of range; in ``update``, a gradient has another shape
+        than its parameter.
+      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
+        neither floating-point nor complex.
+
+    Example:
+      Gradients of 1 and of 1e6, and a learning rate of 0.1, with the past forgotten at
+      once so that every step is 0.1 long:
+
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_rms
+      >>> params = jnp.array([1.0, 1.0])
+      >>> tx = optax_rms.rmsprop(0.1, decay=0.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     gradients = jnp.array([1.0, 1e6])
+      ...     updates, state = tx.update(gradients, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params.round(5))
+      [0.7 0.7]
+
+      Where the learning rate is applied shows as soon as it changes:
+
+      >>> halved = optax.piecewise_constant_schedule(1.0, {1: 0.5})
+      >>> for lr_in_momentum in (True, False):
+      ...     tx = optax_rms.rmsprop(
+      ...         halved, decay=0.0, momentum=0.5, lr_in_momentum=lr_in_momentum
+      ...     )
+      ...     _, state = tx.update(jnp.array(3.0), tx.init(jnp.array(0.0)))
+      ...     print(tx.update(jnp.array(3.0), state)[0])
+      -1.0
+      -0.75
+
+    References:
+      Hinton, Srivastava and Swersky, 2012, Neural Networks for Machine Learning,
+      lecture 6e, slide 29,
+      https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
+
+      Graves, 2013, Generating Sequences With Recurrent Neural Networks, eq. 38-45
+      (centred, with momentum), https://arxiv.org/abs/1308.0850
+    """
+    rms = rms_step(
+        decay,
+        eps,
+        initial_scale,
+        eps_in_sqrt,
+        bias_correction,
+        centered,
+        accumulator_dtype,
+    )
+    scale = _learning_rate_step(learning_rate)
+    trace = _momentum_step(momentum, nesterov, accumulator_dtype)
+    if checks.check_flag("lr_in_momentum", lr_in_momentum):
+        return leafwise.chain(rms, scale, trace)
+    return leafwise.chain(rms, trace, scale)

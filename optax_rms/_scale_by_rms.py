@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformation: all the mathematics of RMSProp."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_rms import _checks as checks
+from optax_rms import _leafwise as leafwise
+from optax_rms._checks import Number
+
+
+class ScaleByStddevState(NamedTuple):
+    """State of ``scale_by_rms(centered=True)``.
+
+    Attributes:
+      count: number of steps taken, int32 scalar; ``None`` without bias correction.
+      mu: mean of the gradients, bias-corrected if there is a ``count``.
+      variance: mean squared distance of the gradients from their mean. It is not called
+        ``nu``, which in Optax's centred state is the mean square, variance + |mu|^2.
+    """
+
+    count: jax.Array | None
+    mu: Any
+    variance: Any
+
+
+# Optax does not export this class, and a checkpoint restores only into the same one.
+_ScaleByRmsWithCountState: Any = type(optax.scale_by_rms(bias_correction=True).init(()))
+
+
+class _Coefficients(NamedTuple):
+    """The scalars of a step. ``total`` is the sum 1 - decay^t of all weights so far.
+
+    Without bias correction the totals are ``None``, and stand for 1.
+    """
+
+    decay: Number
+    complement: Number
+    eps: Number
+    total: jax.Array | None
+    previous_total: jax.Array | None
+
+
+def _mean_square(g, c: _Coefficients, nu):
+    """Hinton's moving average of the squared gradient."""
+    # Optax keeps the mean square of a complex leaf as a complex number.
+    nu = c.decay * jnp.real(nu) + c.complement * _abs_square(g)
+    return nu if c.total is None else nu / c.total, nu
+
+
+def _variance(g, c: _Coefficients, mu, variance):
+    """The moving variance as a sum of squares, which rounding cannot make negative.
+
+    ``E[g^2] - E[g]^2`` would be the difference of two nearly equal numbers. This is the
+    same number in exact arithmetic (West, 1979, in terms of the new mean).
+    """
+    gain, retained = c.complement, c.decay
+    if c.total is not None:
+        gain, retained = gain / c.total, retained * c.previous_total / c.total
+    mu = mu + gain.astype(g.dtype) * (g - mu)
+    # The distance from the old mean would do as well, with a factor of decay in place of
+    # 1 / retained, but XLA on the CPU would then copy the old mean to keep it.
+    spread = _zero_at_zero(jnp.reciprocal, retained) * c.complement
+    variance = c.decay * variance + spread * _abs_square(g - mu)
+    return variance if c.total is None else variance / c.total, mu, variance
+
+
+def _divide_eps_in_sqrt(g, x, eps):
+    return g * _zero_at_zero(jax.lax.rsqrt, x + eps).astype(g.dtype)
+
+
+def _divide_eps_outside(g, x, eps):
+    root = _zero_at_zero(jnp.sqrt, x)
+    return g * _zero_at_zero(jnp.reciprocal, root + eps).astype(g.dtype)
+
+
+def _zero_at_zero(function, x):
+    """``function(x)``, but 0 with derivative 0 at ``x == 0``, where it is singular."""
+    zero = x == 0
+    # The inner `where` keeps the infinite derivative out of reverse mode's 0 * inf.
+    return jnp.where(zero, 0, function(jnp.where(zero, 1, x)))
+
+
+def _abs_square(x):
+    if jnp.iscomplexobj(x):
+        return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
+    return jnp.square(x)
+
+
+@functools.cache
+def _leaf(centered: bool, eps_in_sqrt: bool):
+    """The arithmetic on one leaf: one function per variant, so that it compiles once."""
+    moment = _variance if centered else _mean_square
+    divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
+
+    def leaf(g, c, *moments):
+        x, *moments = moment(g, c, *moments)
+        return divide(g, x, c.eps), *moments
+
+    return leaf
+
+
+def _sum_of_weights(decay: Number, steps: jax.Array) -> jax.Array:
+    """1 - decay^steps, to full precision also where decay is close to 1."""
+    dtype = jnp.result_type(float)
+    if isinstance(decay, float):
+        log_decay = math.log(decay) if decay else -math.inf
+    else:
+        log_decay = jnp.log(decay.astype(dtype))
+    total = -jnp.expm1(steps.astype(dtype) * log_decay)
+    return jnp.where(steps == 0, 0, total)
+
+
+def rms_step(
+    decay: ArrayLike,
+    eps: ArrayLike,
+    initial_scale: ArrayLike,
+    eps_in_sqrt: bool,
+    bias_correction: bool,
+    centered: bool,
+    accumulator_dtype: DTypeLike | None,
+) -> leafwise.Step:
+    """The step behind `scale_by_rms`, whose arguments these are."""
+    bias_correction = checks.check_flag("bias_correction", bias_correction)
+    centered = checks.check_flag("centered", centered)
+    eps_in_sqrt = checks.check_flag("eps_in_sqrt", eps_in_sqrt)
+    decay = checks.check_number("decay", decay, 0, 1, exclude_high=bias_correction)
+    eps = checks.check_number("eps", eps)
+    initial_scale = checks.check_number("initial_scale", initial_scale)
+    dtype = checks.check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
+    if centered:
+        moments, state_class = ("mu", "variance"), ScaleByStddevState
+    elif bias_correction:
+        moments, state_class = ("nu",), _ScaleByRmsWithCountState
+    else:
+        moments, state_class = ("nu",), optax.ScaleByRmsState
+
+    def init(params):
+        count = jnp.zeros([], jnp.int32) if bias_correction else None
+        squares = leafwise.accumulator(params, initial_scale, dtype, real=True)
+        if centered:
+            mu = leafwise.accumulator(params, 0, dtype)
+            return ScaleByStddevState(count=count, mu=mu, variance=squares)
+        if bias_correction:
+            return _ScaleByRmsWithCountState(count=count, nu=squares)
+        return optax.ScaleByRmsState(nu=squares)
+
+    def begin(state):
+        checks.check_state_class("scale_by_rms", state, state_class)
+        total = previous_total = None
+        if bias_correction:
+            previous_total = _sum_of_weights(decay, state.count)
+            total = _sum_of_weights(decay, optax.safe_increment(state.count))
+        coefficients = _Coefficients(decay, 1 - decay, eps, total, previous_total)
+        return coefficients, tuple(getattr(state, name) for name in moments)
+
+    def end(state, *trees):
+        state = state._replace(**dict(zip(moments, trees, strict=True)))
+        if bias_correction:
+            state = state._replace(count=optax.safe_increment(state.count))
+        return state
+
+    return leafwise.Step(init, begin, _leaf(centered, eps_in_sqrt), end)
+
+
+def scale_by_rms(
+    decay: ArrayLike = 0.9,
+    eps: ArrayLike = 1e-8,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+    *,
+    centered: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    r"""Divide by the root of the moving mean square, or of the moving variance.
+
+    RMSProp without its learning rate: a preconditioner that gives every parameter steps
+    of about the same size, however large or small its gradients are. A drop-in for
+    ``optax.scale_by_rms`` and, centred, for ``optax.scale_by_stddev``; see `rmsprop`
+    for the whole optimizer.
+
+    With gradient :math:`g_t` and :math:`\nu_0 =` ``initial_scale``,
+
+    .. math::
+      \nu_t &= \text{decay} \, \nu_{t-1} + (1 - \text{decay}) \, |g_t|^2 \
+      u_t &= g_t / \sqrt{\nu_t + \text{eps}}
+        \quad\text{or, if not eps_in_sqrt,}\quad g_t / (\sqrt{\nu_t} + \text{eps})
+
+    With ``centered``, the variance :math:`s_t` takes the place of :math:`\nu_t`:
+
+    .. math::
+      d_t &= g_t - \mu_{t-1}, \qquad \mu_t = \mu_{t-1} + (1 - \text{decay}) \, d_t \
+      s_t &= \text{decay} \, (s_{t-1} + (1 - \text{decay}) \, |d_t|^2)
+
+    which equals :math:`\nu_t - |\mu_t|^2` but is a sum of squares, so that rounding
+    cannot turn it negative and the root to NaN. With ``bias_correction``, :math:`\nu_t`
+    and the mean are divided by the sum of their weights, :math:`1 - \text{decay}^t`.
+
+    The arithmetic is in float32, or float64 for float64 leaves; the update has the
+    gradient's dtype. Where the denominator is exactly 0, because ``eps`` is 0 and every
+    gradient so far was 0, the update and its derivative are 0.
+
+    Args:
+      decay: weight of the past in the moving averages; a number or scalar array in
+        [0, 1], or [0, 1) with ``bias_correction``. At 0 the update is the sign of g.
+      eps: added to the mean square, or outside the root to the root; at least 0. It has
+        the unit of |g|^2 inside the root and of |g| outside.
+      initial_scale: what :math:`\nu` (:math:`s`, if centred) starts from; at least 0.
+        TensorFlow 1 starts from 1.
+      eps_in_sqrt: whether ``eps`` sits inside the root, as in TensorFlow, or outside,
+        as in PyTorch.
+      bias_correction: whether to divide the averages by the sum of their weights.
+      centered: whether to divide by the standard deviation instead.
+      accumulator_dtype: dtype of the stored averages, a real floating dtype; ``None`` is
+        float32, or float64 for float64 leaves. The mean of a complex leaf is complex.
+
+    Returns:
+      A gradient transformation. Its state is ``optax.ScaleByRmsState`` (field ``nu``),
+      with bias correction the class that Optax has for it (``count``, ``nu``), or,
+      centred, `ScaleByStddevState` (``count``, ``mu``, ``variance``).
+
+    Raises:
+      ValueError: a number is out of range; in ``update``, a gradient has another shape
+        than its parameter.
+      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
+        neither floating-point nor complex.
+
+    Example:
+      A gradient of 1e-3 and one of 1e3 move their parameters alike, by
+      1 / sqrt(1 - decay) at the first step:
+
+      >>> import jax.numpy as jnp
+      >>> import optax_rms
+      >>> gradients = jnp.array([1e-3, 1e3])
+      >>> tx = optax_rms.scale_by_rms(decay=0.75, eps=0.0)
+      >>> updates, state = tx.update(gradients, tx.init(gradients))
+      >>> print(updates)
+      [2. 2.]
+
+      A constant gradient has no variance, and dividing by sqrt(eps) alone is what is
+      left to do. E[g^2] - E[g]^2 in float32 comes out negative for many of these:
+
+      >>> import jax
+      >>> import optax
+      >>> gradients = jnp.linspace(0.1, 1000.0, 1000)
+      >>> def last_update(tx):
+      ...     step = lambda state, _: tx.update(gradients, state)[::-1]
+      ...     return jax.lax.scan(step, tx.init(gradients), length=100)[1][-1]
+      >>> optax_update = last_update(optax.scale_by_stddev(bias_correction=True))
+      >>> print(jnp.isnan(optax_update).any())
+      True
+      >>> tx = optax_rms.scale_by_rms(centered=True, bias_correction=True)
+      >>> print(jnp.isfinite(last_update(tx)).all())
+      True
+
+    References:
+      Hinton, Srivastava and Swersky, 2012, Neural Networks for Machine Learning,
+      lecture 6e, slide 29,
+      https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
+
+      Graves, 2013, Generating Sequences With Recurrent Neural Networks, eq. 38-45
+      (centred, with momentum), https://arxiv.org/abs/1308.0850
+
+      West, 1979, Updating mean and variance estimates: an improved method,
+      Communications of the ACM 22(9), https://doi.org/10.1145/359146.359153
+    """
+    return leafwise.single(
+        rms_step(
+            decay,
+            eps,
+            initial_scale,
+            eps_in_sqrt,
+            bias_correction,
+            centered,
+            accumulator_dtype,
+        )
+    )

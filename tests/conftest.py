@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual devices and strict dtype promotion for the whole suite."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
