@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks and their error messages."""
 
+import itertools
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,42 +30,31 @@ def check_number(
     arrays are checked for their shape only: under ``jax.vmap`` and
     ``optax.inject_hyperparams`` they have no value yet.
     """
-    if isinstance(value, (numbers.Real, np.ndarray)) and not isinstance(
-        value, (bool, np.bool_)
-    ):
-        if np.ndim(value) == 0:
-            number = float(value)
-            above = number > low if exclude_low else number >= low
-            below = number < high if exclude_high else number <= high
-            if math.isfinite(number) and above and below:
-                return number
-            left = "(" if exclude_low or low == -math.inf else "["
-            right = ")" if exclude_high or high == math.inf else "]"
-            raise ValueError(
-                f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, "
-                f"got {value!r}.{hint and ' ' + hint}"
-            )
-    if isinstance(value, (jax.Array, np.ndarray)):
-        if value.ndim == 0:
-            return value  # pyright: ignore[reportReturnType]
+    if np.ndim(value) > 0:
         raise ValueError(
-            f"{name} must be a number or a scalar array, got an array of shape "
-            f"{value.shape}; to train with many values at once, use jax.vmap."
+            f"{name} must be a number or a scalar array, got one of shape "
+            f"{np.shape(value)}; to train with many values at once, use jax.vmap."
         )
-    raise TypeError(
-        f"{name} must be a number or a scalar array, got {value!r} "
-        f"of type {type(value).__name__}."
-    )
-
-
-def check_learning_rate(
-    name: str, value: ArrayLike | Callable[[Any], ArrayLike]
-) -> Number | Callable[[Any], ArrayLike]:
-    """Return a learning rate: a number of at least 0, a scalar array, or a schedule."""
-    if callable(value):
+    if isinstance(value, jax.Array):
         return value
-    hint = "To maximise an objective, negate the gradients."
-    return check_number(name, value, hint=hint)
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {value!r} "
+            f"of type {type(value).__name__}."
+        )
+    number = float(value)
+    above = number > low if exclude_low else number >= low
+    below = number < high if exclude_high else number <= high
+    if not (math.isfinite(number) and above and below):
+        left = "(" if exclude_low else "["
+        right = ")" if exclude_high or high == math.inf else "]"
+        raise ValueError(
+            f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, "
+            f"got {value!r}.{hint and ' ' + hint}"
+        )
+    return number
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -116,25 +105,26 @@ def check_inexact_leaves(what: str, tree: Any) -> None:
 
 
 def check_state_matches(
-    updates: Any, gradients: list[Any], columns: list[list[Any]]
+    updates: Any, gradients: list[Any], columns: list[list[list[Any]]]
 ) -> None:
     """Raise a ``ValueError`` naming every gradient whose shape its state does not have.
 
     ``gradients`` are the leaves of ``updates``, with ``None``; each column holds the
-    leaves of one tree of the state in the same order.
+    leaves of one tree of the state in the same order, each list of columns one step's.
     """
+    flat = list(itertools.chain.from_iterable(columns))
     bad = [
         i
         for i, g in enumerate(gradients)
         if g is not None
-        and any(np.shape(g) != getattr(column[i], "shape", None) for column in columns)
+        and any(np.shape(g) != getattr(column[i], "shape", None) for column in flat)
     ]
     if not bad:
         return
     paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda g: g is None)
     lines = [
         f"{_path_name(paths[i][0])} has shape {np.shape(gradients[i])}, its state "
-        f"{[getattr(column[i], 'shape', column[i]) for column in columns]}"
+        f"{[getattr(column[i], 'shape', column[i]) for column in flat]}"
         for i in bad
     ]
     raise ValueError(
@@ -147,9 +137,9 @@ def check_state_class(transformation: str, state: Any, expected: Any) -> None:
     """Raise a ``TypeError`` if ``state`` is not of the class that ``init`` returns."""
     if not isinstance(state, expected):
         raise TypeError(
-            f"{transformation} needs the {expected.__name__} that its init returns, got "
-            f"{type(state).__name__}. The state of another transformation, or of another "
-            "framework, has to be converted first; see optax_rms.dialects."
+            f"{transformation} needs the {expected.__name__} that its init returns, "
+            f"got {type(state).__name__}. The state of another transformation, or of "
+            "another framework, has to be converted first; see optax_rms.dialects."
         )
 
 

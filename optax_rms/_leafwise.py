@@ -25,11 +25,11 @@ class Step(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``.
-      begin: ``begin(state) -> (scalars, trees)``: the numbers that all leaves share, and
-        a tuple of those trees in the state, shaped like the parameters, that change.
-      leaf: ``leaf(g, scalars, *leaves) -> (g, *leaves)``: the arithmetic on one leaf, in
-        one precision. Compiled code is kept per function, so it must not be made anew
-        for every transformation.
+      begin: ``begin(state) -> (scalars, trees)``: the numbers that all leaves share,
+        and a tuple of the trees in the state, shaped like the parameters, that change.
+      leaf: ``leaf(g, scalars, *leaves) -> (g, *leaves)``: the arithmetic on one leaf,
+        in one precision. Compiled code is kept per function, so it must not be made
+        anew for every transformation.
       end: ``end(state, *trees) -> state``: the next state, from the changed trees.
     """
 
@@ -46,7 +46,7 @@ def chain(*steps: Step) -> optax.GradientTransformation:
     """
     leaf_functions = tuple(step.leaf for step in steps)
 
-    def init(params):
+    def init(params) -> Any:
         check_inexact_leaves("parameters", params)
         return tuple(step.init(params) for step in steps)
 
@@ -58,7 +58,7 @@ def chain(*steps: Step) -> optax.GradientTransformation:
         check_inexact_leaves("gradients", updates)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
         columns = [[treedef.flatten_up_to(tree) for tree in ts] for ts in trees]
-        check_state_matches(updates, gradients, sum(columns, []))
+        check_state_matches(updates, gradients, columns)
         for i, g in enumerate(gradients):
             if g is None:
                 continue
@@ -78,13 +78,16 @@ def chain(*steps: Step) -> optax.GradientTransformation:
 
 def single(step: Step) -> optax.GradientTransformation:
     """One step as a transformation whose state is the step's own, without a tuple."""
-    chained = chain(step)
+    chain_init: Any
+    chain_update: Any
+    chain_init, chain_update = chain(step)
 
-    def init(params):
-        return chained.init(params)[0]
+    def init(params) -> Any:
+        (state,) = chain_init(params)
+        return state
 
     def update(updates, state, params=None):
-        updates, (state,) = chained.update(updates, (state,), params)
+        updates, (state,) = chain_update(updates, (state,), params)
         return updates, state
 
     return optax.GradientTransformation(init, update)

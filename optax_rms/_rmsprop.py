@@ -18,19 +18,21 @@ def _scale(g, factor):
 
 def _learning_rate_step(learning_rate) -> leafwise.Step:
     """``optax.scale_by_learning_rate``: multiply by minus the learning rate."""
-    learning_rate = checks.check_learning_rate("learning_rate", learning_rate)
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        schedule: Any = learning_rate
         return leafwise.Step(
-            init=lambda params: optax.EmptyState(),
-            begin=lambda state: (-learning_rate, ()),
+            init=optax.scale_by_schedule(schedule).init,
+            begin=lambda state: (-schedule(state.count), ()),
             leaf=_scale,
-            end=lambda state: state,
+            end=lambda state: state._replace(count=optax.safe_increment(state.count)),
         )
+    hint = "To maximise, negate the gradients."
+    rate = checks.check_number("learning_rate", learning_rate, hint=hint)
     return leafwise.Step(
-        init=optax.scale_by_schedule(learning_rate).init,
-        begin=lambda state: (-learning_rate(state.count), ()),
+        init=lambda params: optax.EmptyState(),
+        begin=lambda state: (-rate, ()),
         leaf=_scale,
-        end=lambda state: state._replace(count=optax.safe_increment(state.count)),
+        end=lambda state: state,
     )
 
 
@@ -106,9 +108,9 @@ def rmsprop(
     ``nesterov``, :math:`b_t` is replaced, in the change only, by
     :math:`\text{momentum} \, b_t` plus the term that was added to form :math:`b_t`.
 
-    Everything between gradient and update is computed in float32, or float64 for float64
-    leaves; the update has the gradient's dtype. Per element the state holds 4 bytes,
-    8 with momentum or centred, 12 with both.
+    Everything between gradient and update is computed in float32, or float64 for
+    float64 leaves; the update has the gradient's dtype. Per element the state holds 4
+    bytes, 8 with momentum or centred, 12 with both.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, or a schedule from the
@@ -129,10 +131,10 @@ def rmsprop(
         write ``"float32"`` instead of ``jnp.float32``.
 
     Returns:
-      A gradient transformation. Its state is the tuple that ``optax.chain`` has for the
-      same steps: that of `scale_by_rms`, then ``optax.EmptyState`` or
-      ``ScaleByScheduleState`` for the learning rate and ``TraceState`` or ``EmptyState``
-      for the momentum, these two swapped if not ``lr_in_momentum``.
+      A gradient transformation. Its state is the tuple that ``optax.chain`` has for
+      the same steps: that of `scale_by_rms`, then ``optax.EmptyState`` or
+      ``ScaleByScheduleState`` for the learning rate and ``TraceState`` or
+      ``EmptyState`` for the momentum, these two swapped if not ``lr_in_momentum``.
 
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape

@@ -25,7 +25,7 @@ class ScaleByStddevState(NamedTuple):
         ``nu``, which in Optax's centred state is the mean square, variance + |mu|^2.
     """
 
-    count: jax.Array | None
+    count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     variance: Any
 
@@ -35,16 +35,20 @@ _ScaleByRmsWithCountState: Any = type(optax.scale_by_rms(bias_correction=True).i
 
 
 class _Coefficients(NamedTuple):
-    """The scalars of a step. ``total`` is the sum 1 - decay^t of all weights so far.
+    """The scalars of a step.
 
-    Without bias correction the totals are ``None``, and stand for 1.
+    Attributes:
+      complement: 1 - decay, the weight of the new gradient.
+      total: 1 - decay^t, the sum of the weights of all gradients, or, without bias
+        correction, ``None`` for 1.
+      previous_total: the same before this step.
     """
 
-    decay: Number
-    complement: Number
-    eps: Number
-    total: jax.Array | None
-    previous_total: jax.Array | None
+    decay: Any
+    complement: Any
+    eps: Any
+    total: Any
+    previous_total: Any
 
 
 def _mean_square(g, c: _Coefficients, nu):
@@ -64,8 +68,8 @@ def _variance(g, c: _Coefficients, mu, variance):
     if c.total is not None:
         gain, retained = gain / c.total, retained * c.previous_total / c.total
     mu = mu + gain.astype(g.dtype) * (g - mu)
-    # The distance from the old mean would do as well, with a factor of decay in place of
-    # 1 / retained, but XLA on the CPU would then copy the old mean to keep it.
+    # The distance from the old mean would do as well, with decay in place of
+    # 1 / retained, but to keep the old mean XLA on the CPU would copy it.
     spread = _zero_at_zero(jnp.reciprocal, retained) * c.complement
     variance = c.decay * variance + spread * _abs_square(g - mu)
     return variance if c.total is None else variance / c.total, mu, variance
@@ -95,7 +99,7 @@ def _abs_square(x):
 
 @functools.cache
 def _leaf(centered: bool, eps_in_sqrt: bool):
-    """The arithmetic on one leaf: one function per variant, so that it compiles once."""
+    """The arithmetic on one leaf; one function per variant, as `leafwise.Step` asks."""
     moment = _variance if centered else _mean_square
     divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
 
@@ -106,13 +110,13 @@ def _leaf(centered: bool, eps_in_sqrt: bool):
     return leaf
 
 
-def _sum_of_weights(decay: Number, steps: jax.Array) -> jax.Array:
+def _sum_of_weights(decay: Number, steps: Any) -> jax.Array:
     """1 - decay^steps, to full precision also where decay is close to 1."""
     dtype = jnp.result_type(float)
-    if isinstance(decay, float):
-        log_decay = math.log(decay) if decay else -math.inf
-    else:
+    if isinstance(decay, jax.Array):
         log_decay = jnp.log(decay.astype(dtype))
+    else:
+        log_decay = math.log(decay) if decay else -math.inf
     total = -jnp.expm1(steps.astype(dtype) * log_decay)
     return jnp.where(steps == 0, 0, total)
 
@@ -218,8 +222,8 @@ def scale_by_rms(
         as in PyTorch.
       bias_correction: whether to divide the averages by the sum of their weights.
       centered: whether to divide by the standard deviation instead.
-      accumulator_dtype: dtype of the stored averages, a real floating dtype; ``None`` is
-        float32, or float64 for float64 leaves. The mean of a complex leaf is complex.
+      accumulator_dtype: dtype of the stored averages, a real floating dtype; ``None``
+        is float32, or float64 for float64 leaves. Means of complex leaves are complex.
 
     Returns:
       A gradient transformation. Its state is ``optax.ScaleByRmsState`` (field ``nu``),
