@@ -22,7 +22,7 @@ class ScaleByStddevState(NamedTuple):
       count: number of steps taken, int32 scalar; ``None`` without bias correction.
       mu: mean of the gradients, bias-corrected if there is a ``count``.
       variance: mean squared distance of the gradients from their mean. It is not called
-        ``nu``, which in Optax's centred state is the mean square, variance + |mu|^2.
+        ``nu``, which in Optax's centred state is the mean square, ``variance + |mu|^2``.
     """
 
     count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -215,7 +215,7 @@ def scale_by_rms(
       decay: weight of the past in the moving averages; a number or scalar array in
         [0, 1], or [0, 1) with ``bias_correction``. At 0 the update is the sign of g.
       eps: added to the mean square, or outside the root to the root; at least 0. It has
-        the unit of |g|^2 inside the root and of |g| outside.
+        the unit of ``|g|^2`` inside the root and of ``|g|`` outside.
       initial_scale: what :math:`\nu` (:math:`s`, if centred) starts from; at least 0.
         TensorFlow 1 starts from 1.
       eps_in_sqrt: whether ``eps`` sits inside the root, as in TensorFlow, or outside,

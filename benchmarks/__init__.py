@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements beside the peers; results are kept as JSON in `benchmarks/results`."""
