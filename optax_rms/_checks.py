@@ -104,7 +104,7 @@ def check_inexact_leaves(what: str, tree: Any) -> None:
     )
 
 
-def check_state_matches(
+def check_state_shapes(
     updates: Any, gradients: list[Any], columns: list[list[list[Any]]]
 ) -> None:
     """Raise a ``ValueError`` naming every gradient whose shape its state does not have.
@@ -138,8 +138,22 @@ def check_state_class(transformation: str, state: Any, expected: Any) -> None:
     if not isinstance(state, expected):
         raise TypeError(
             f"{transformation} needs the {expected.__name__} that its init returns, "
-            f"got {type(state).__name__}. The state of another transformation, or of "
-            "another framework, has to be converted first; see optax_rms.dialects."
+            f"got {type(state).__name__}."
+        )
+
+
+def check_state_classes(states: Any, expected: list[type]) -> None:
+    """Raise a ``TypeError`` if ``states`` are not of the classes that ``init`` returns.
+
+    One that only looks alike would be updated in part, or not at all.
+    """
+    classes = list(map(type, states)) if isinstance(states, tuple | list) else None
+    if classes != expected:
+        got = type(states) if classes is None else classes
+        raise TypeError(
+            "update needs the state that init returns, of the classes "
+            f"{_names(expected)}, got {_names(got)}. The state of another transformation, "
+            "or of this one with other options, has to be converted first."
         )
 
 
@@ -151,3 +165,9 @@ def _is_inexact(leaf: Any) -> bool:
 
 def _path_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the only leaf"
+
+
+def _names(classes: Any) -> str:
+    if isinstance(classes, list):
+        return f"({', '.join(c.__name__ for c in classes)})"
+    return classes.__name__

@@ -15,7 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_rms._checks import check_inexact_leaves, check_state_matches
+from optax_rms._checks import (
+    check_inexact_leaves,
+    check_state_classes,
+    check_state_shapes,
+)
 
 PyTree = Any
 
@@ -24,6 +28,7 @@ class Step(NamedTuple):
     """One elementwise step of an optimizer.
 
     Attributes:
+      state_class: the class of its state.
       init: ``init(params) -> state``.
       begin: ``begin(state) -> (scalars, trees)``: the numbers that all leaves share,
         and a tuple of the trees in the state, shaped like the parameters, that change.
@@ -33,6 +38,7 @@ class Step(NamedTuple):
       end: ``end(state, *trees) -> state``: the next state, from the changed trees.
     """
 
+    state_class: type
     init: Callable[[PyTree], Any]
     begin: Callable[[Any], tuple[Any, tuple[PyTree, ...]]]
     leaf: Callable[..., tuple[jax.Array, ...]]
@@ -44,6 +50,7 @@ def chain(*steps: Step) -> optax.GradientTransformation:
 
     ``None`` in place of a gradient gives ``None`` and leaves that leaf's state alone.
     """
+    state_classes = [step.state_class for step in steps]
     leaf_functions = tuple(step.leaf for step in steps)
 
     def init(params) -> Any:
@@ -52,13 +59,14 @@ def chain(*steps: Step) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
+        check_state_classes(state, state_classes)
         scalars, trees = zip(
             *(step.begin(s) for step, s in zip(steps, state, strict=True)), strict=True
         )
         check_inexact_leaves("gradients", updates)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
         columns = [[treedef.flatten_up_to(tree) for tree in ts] for ts in trees]
-        check_state_matches(updates, gradients, columns)
+        check_state_shapes(updates, gradients, columns)
         for i, g in enumerate(gradients):
             if g is None:
                 continue

@@ -21,6 +21,7 @@ def _learning_rate_step(learning_rate) -> leafwise.Step:
     if callable(learning_rate):
         schedule: Any = learning_rate
         return leafwise.Step(
+            state_class=optax.ScaleByScheduleState,
             init=optax.scale_by_schedule(schedule).init,
             begin=lambda state: (-schedule(state.count), ()),
             leaf=_scale,
@@ -29,6 +30,7 @@ def _learning_rate_step(learning_rate) -> leafwise.Step:
     hint = "To maximise, negate the gradients."
     rate = checks.check_number("learning_rate", learning_rate, hint=hint)
     return leafwise.Step(
+        state_class=optax.EmptyState,
         init=lambda params: optax.EmptyState(),
         begin=lambda state: (-rate, ()),
         leaf=_scale,
@@ -56,6 +58,7 @@ def _momentum_step(momentum, nesterov, accumulator_dtype) -> leafwise.Step:
     nesterov = checks.check_flag("nesterov", nesterov)
     if momentum is None:
         return leafwise.Step(
+            state_class=optax.EmptyState,
             init=lambda params: optax.EmptyState(),
             begin=lambda state: ((), ()),
             leaf=_pass_on,
@@ -64,6 +67,7 @@ def _momentum_step(momentum, nesterov, accumulator_dtype) -> leafwise.Step:
     momentum = checks.check_number("momentum", momentum, 0, 1)
     dtype = checks.check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
     return leafwise.Step(
+        state_class=optax.TraceState,
         init=lambda params: optax.TraceState(leafwise.accumulator(params, 0, dtype)),
         begin=lambda state: (momentum, (state.trace,)),
         leaf=_nesterov if nesterov else _heavy_ball,

@@ -22,7 +22,7 @@ class ScaleByStddevState(NamedTuple):
       count: number of steps taken, int32 scalar; ``None`` without bias correction.
       mu: mean of the gradients, bias-corrected if there is a ``count``.
       variance: mean squared distance of the gradients from their mean. It is not called
-        ``nu``, which in Optax's centred state is the mean square, ``variance + |mu|^2``.
+        ``nu``, which in Optax's centred state is the mean square ``variance + |mu|^2``.
     """
 
     count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -70,7 +70,9 @@ def _variance(g, c: _Coefficients, mu, variance):
     mu = mu + gain.astype(g.dtype) * (g - mu)
     # The distance from the old mean would do as well, with decay in place of
     # 1 / retained, but to keep the old mean XLA on the CPU would copy it.
-    spread = _zero_at_zero(jnp.reciprocal, retained) * c.complement
+    # Of the old mean less than a rounding error may be left, and then g - mu is one.
+    negligible = retained < jnp.finfo(retained.dtype).eps
+    spread = jnp.where(negligible, 0, c.complement / jnp.where(negligible, 1, retained))
     variance = c.decay * variance + spread * _abs_square(g - mu)
     return variance if c.total is None else variance / c.total, mu, variance
 
@@ -156,7 +158,6 @@ def rms_step(
         return optax.ScaleByRmsState(nu=squares)
 
     def begin(state):
-        checks.check_state_class("scale_by_rms", state, state_class)
         total = previous_total = None
         if bias_correction:
             previous_total = _sum_of_weights(decay, state.count)
@@ -170,7 +171,8 @@ def rms_step(
             state = state._replace(count=optax.safe_increment(state.count))
         return state
 
-    return leafwise.Step(init, begin, _leaf(centered, eps_in_sqrt), end)
+    leaf = _leaf(centered, eps_in_sqrt)
+    return leafwise.Step(state_class, init, begin, leaf, end)
 
 
 def scale_by_rms(
