@@ -151,9 +151,9 @@ def check_state_classes(states: Any, expected: list[type]) -> None:
     if classes != expected:
         got = type(states) if classes is None else classes
         raise TypeError(
-            "update needs the state that init returns, of the classes "
-            f"{_names(expected)}, got {_names(got)}. The state of another transformation, "
-            "or of this one with other options, has to be converted first."
+            f"update needs the state of {_names(expected)} that init returns, got "
+            f"{_names(got)}. The state of another transformation, or of this one with "
+            "other options, has to be converted first."
         )
 
 
