@@ -18,7 +18,17 @@ LAYERS = [
     ["recipes"],
     ["dialects.__init__"],
     ["dialects.torch", "dialects.keras", "dialects.tensorflow", "dialects.optax"],
-    ["dialects._handover"],
+    [
+        "dialects._keras_variables",
+        "dialects._tensorflow_checkpoint",
+        "dialects._torch_state_dict",
+    ],
+    [
+        "dialects._keras_optimizer",
+        "dialects._tensorflow_optimizers",
+        "dialects._torch_optimizers",
+    ],
+    ["dialects._gradient_clipping", "dialects._handover", "dialects._keras_schedules"],
     ["_rmsprop"],
     ["_scale_by_rms"],
     ["_master_weights", "_compress_state"],

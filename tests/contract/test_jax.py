@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract with JAX: its transformations, compilation and sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contract.rows import every_row
+from contract.training import (
+    GRADIENTS,
+    PARAMS,
+    assert_close,
+    assert_same_bits,
+    at,
+    loop,
+    plain,
+    stack,
+    step,
+)
+
+
+@every_row
+def test_jit_without_retrace(row):
+    tx, traces = row(), []
+
+    @jax.jit
+    def jitted(params, state, g):
+        traces.append(0)
+        return step(tx, params, state, g)
+
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
+    for g, expected in zip(GRADIENTS, plain(row), strict=True):
+        params, state = jitted(params, state, g)
+        assert_close((params, state), expected)
+    assert len(traces) == 1
+
+
+@every_row
+def test_scan(row):
+    tx = row()
+
+    @jax.jit
+    def run(params, gradients):
+        def body(carry, g):
+            carry = step(tx, *carry, g)
+            return carry, carry
+
+        return jax.lax.scan(body, (params, tx.init(params)), gradients)[1]
+
+    history = run(PARAMS, stack(GRADIENTS))
+    for t, expected in enumerate(plain(row)):
+        assert_close(at(history, t), expected)
+
+
+def last_parameters(row, numbers, scale):
+    """The sum of the parameters after training from a zero gradient."""
+    tx, params = row(**numbers), PARAMS["bias"]
+
+    def body(carry, g):
+        return step(tx, *carry, scale * g), None
+
+    gradients = jnp.stack([g["bias"] for g in GRADIENTS]).at[0].set(0)
+    (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), gradients)
+    return jnp.sum(params)
+
+
+@every_row
+def test_grad_through_is_finite(row):
+    """Through steps that start from a zero gradient, also where eps is 0."""
+
+    @jax.jit
+    @jax.grad
+    def derivative(arguments):
+        return last_parameters(row, *arguments)
+
+    for eps in (0.0, 1e-8):
+        slopes = derivative(({**row.numbers, "eps": eps}, 1.0))
+        assert all(np.isfinite(s) for s in jax.tree.leaves(slopes))
+        assert slopes[0]["decay"] != 0
+
+
+@every_row
+def test_grad_is_finite_difference(row):
+    # At an eps below the squares of the gradients the trajectory hardly feels the scale.
+    numbers = {**row.numbers, "eps": 0.1}
+    value = jax.jit(lambda scale: last_parameters(row, numbers, scale))
+    h = 1 / 64
+    central = (value(1 + h) - value(1 - h)) / (2 * h)
+    _, slope = jax.jvp(value, (1.0,), (1.0,))
+    # The sum of 16 numbers near 1 is good to 1e-6, which h makes 1e-4; h^2 is 2e-4.
+    np.testing.assert_allclose(slope, central, rtol=2e-3, atol=2e-4)
+
+
+@every_row
+def test_vmap_over_numbers(row):
+    values = {name: [value, value / 2] for name, value in row.numbers.items()}
+
+    @jax.jit
+    @jax.vmap
+    def run(numbers):
+        return loop(row(**numbers), gradients=GRADIENTS[:2])[-1]
+
+    together = run({name: jnp.array(both) for name, both in values.items()})
+    for i in range(2):
+        numbers = {name: both[i] for name, both in values.items()}
+        alone = loop(row(**numbers), gradients=GRADIENTS[:2])[-1]
+        # 1 - decay of a traced decay of 0.8 is exact to an ulp of 1 only.
+        assert_close(at(together, i), alone, loss=5)
+
+
+@every_row
+def test_vmap_over_params(row):
+    tx = row()
+
+    @jax.jit
+    @jax.vmap
+    def run(params, first, second):
+        return loop(tx, params, [first, second])[-1]
+
+    params = [PARAMS, jax.tree.map(lambda x: 2 - x, PARAMS)]
+    gradients = [GRADIENTS[:2], GRADIENTS[2:]]
+    together = run(stack(params), *map(stack, zip(*gradients, strict=True)))
+    for i in range(2):
+        assert_close(at(together, i), loop(tx, params[i], gradients[i])[-1])
+
+
+@every_row
+def test_sharded_over_eight_devices(row):
+    """The same bits as on one device, and moments that lie where the parameters do."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    assert mesh.size == 8
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    tx = row()
+    params = jax.device_put(PARAMS, split)
+    history = loop(tx, params, jax.device_put(GRADIENTS, split), jit=True)
+    for sharded, single in zip(history, loop(tx, jit=True), strict=True):
+        assert_same_bits(sharded, single)
+    for leaf in jax.tree.leaves((tx.init(params), history[-1])):
+        if leaf.shape:
+            assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
