@@ -1,6 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSProp for JAX: exact, in every framework's dialect, and hard to break."""
 
+from optax_rms import dialects as dialects
+from optax_rms import recipes as recipes
+from optax_rms._compress_state import CodeCounts as CodeCounts
+from optax_rms._compress_state import CompressState as CompressState
+from optax_rms._compress_state import compress_state as compress_state
+from optax_rms._compress_state import count_extremes as count_extremes
+from optax_rms._compress_state import decompress_state as decompress_state
+from optax_rms._compress_state import recompress_state as recompress_state
+from optax_rms._master_weights import MasterWeightsState as MasterWeightsState
+from optax_rms._master_weights import master_weights as master_weights
+from optax_rms._master_weights import split_master_weights as split_master_weights
+from optax_rms._minifloat import SE5M2 as SE5M2
+from optax_rms._minifloat import SE8M7 as SE8M7
+from optax_rms._minifloat import UE6M2 as UE6M2
+from optax_rms._minifloat import UE8M8 as UE8M8
+from optax_rms._minifloat import Minifloat as Minifloat
 from optax_rms._rmsprop import rmsprop as rmsprop
 from optax_rms._scale_by_rms import ScaleByStddevState as ScaleByStddevState
 from optax_rms._scale_by_rms import scale_by_rms as scale_by_rms

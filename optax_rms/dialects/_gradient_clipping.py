@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient clipping as TensorFlow and Keras have it, computed in at least float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+PyTree = Any
+
+
+def clip_by_value(gradients: PyTree, limit: ArrayLike) -> PyTree:
+    """Bring every element into [-limit, limit]."""
+
+    def clip(g):
+        bound = jnp.asarray(limit, g.dtype)
+        return jnp.clip(g, -bound, bound)
+
+    return jax.tree.map(clip, gradients)
+
+
+def clip_by_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
+    """Scale every array down until its Euclidean norm is at most ``limit``."""
+    return jax.tree.map(lambda g: _scale(g, _factor(_norm(g), limit)), gradients)
+
+
+def clip_by_global_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
+    """Scale all arrays down until their norm together is at most ``limit``.
+
+    A norm that is not finite makes every gradient NaN, as in both frameworks: it is
+    better to notice than to lose the direction.
+    """
+    norm = _norm(gradients)
+    factor = jnp.where(jnp.isfinite(norm), _factor(norm, limit), jnp.nan)
+    return jax.tree.map(lambda g: _scale(g, factor), gradients)
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    dtype = jnp.result_type(float)
+    squares = [jnp.sum(jnp.square(jnp.abs(_widen(g)))) for g in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype)))
+
+
+def _factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:
+    limit = jnp.asarray(limit, norm.dtype)
+    return limit / jnp.maximum(norm, limit)
+
+
+def _scale(g: jax.Array, factor: jax.Array) -> jax.Array:
+    wide = _widen(g)
+    return (wide * factor.astype(wide.dtype)).astype(g.dtype)
+
+
+def _widen(g: jax.Array) -> jax.Array:
+    return g.astype(jnp.float32) if jnp.finfo(g.dtype).bits < 32 else g

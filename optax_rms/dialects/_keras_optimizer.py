@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSProp as Keras 3 has it."""
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_rms import _checks as checks
+from optax_rms import _leafwise as leafwise
+from optax_rms import _rmsprop
+from optax_rms.dialects import _gradient_clipping as clipping
+from optax_rms.dialects import _keras_schedules as schedules
+
+PyTree = Any
+LearningRate = ArrayLike | Callable[[Any], ArrayLike]
+
+
+class RMSpropState(NamedTuple):
+    """State of the Keras dialect.
+
+    Attributes:
+      count: number of calls of ``update``, int32 scalar; Keras' ``iteration``.
+      accumulated: sum of the gradients since the last step; ``None`` without
+        accumulation.
+      inner_state: state of ``optax_rms.rmsprop``: the moving averages of the gradients,
+        and the momentum.
+      average: moving average of the parameters, at least float32; ``None`` unless
+        ``use_ema``. It starts as a copy of the parameters.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    accumulated: PyTree | None
+    inner_state: Any
+    average: PyTree | None
+
+
+def rmsprop(
+    learning_rate: LearningRate = 0.001,
+    rho: ArrayLike = 0.9,
+    momentum: ArrayLike = 0.0,
+    epsilon: ArrayLike = 1e-7,
+    centered: bool = False,
+    weight_decay: ArrayLike | None = None,
+    clipnorm: ArrayLike | None = None,
+    clipvalue: ArrayLike | None = None,
+    global_clipnorm: ArrayLike | None = None,
+    use_ema: bool = False,
+    ema_momentum: ArrayLike = 0.99,
+    ema_overwrite_frequency: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    *,
+    exclude_from_weight_decay: PyTree | Callable[[PyTree], PyTree] | None = None,
+    loss_scale_factor: None = None,
+    name: None = None,
+) -> optax.GradientTransformation:
+    r"""``keras.optimizers.RMSprop`` of Keras 3.
+
+    The updates are those of Keras, step for step, up to rounding. In this order:
+
+    1. With ``gradient_accumulation_steps`` :math:`= k`, only every :math:`k`-th call
+       takes a step, with the mean of the last :math:`k` gradients.
+    2. The gradient :math:`g_t` is clipped.
+    3. The parameters shrink, and then move:
+
+       .. math::
+         v_t &= \text{rho} \, v_{t-1} + (1 - \text{rho}) \, g_t^2 \\
+         b_t &= \text{momentum} \, b_{t-1}
+           + \text{learning_rate}_t \, g_t / \sqrt{v_t + \text{epsilon}} \\
+         \theta_t &= (1 - \text{learning_rate}_t \, \text{weight_decay}) \, \theta_{t-1}
+           - b_t
+
+       from :math:`v_0 = b_0 = 0`. With ``centered``, the variance :math:`v_t - m_t^2`
+       takes the place of :math:`v_t`, where :math:`m_t` is the moving average of
+       :math:`g_t`.
+    4. With ``use_ema``, at every call, also between the steps of an accumulation,
+
+       .. math::
+         a \leftarrow \text{ema_momentum} \, a + (1 - \text{ema_momentum}) \, \theta
+
+       from :math:`a = \theta` after the first step. With ``ema_overwrite_frequency``,
+       the parameters become :math:`a` in the calls of every such step.
+
+    Where Keras is wrong, this is right: centred, Keras computes the variance as a
+    difference of two nearly equal numbers, which rounding makes negative and the root
+    NaN as soon as a gradient hardly changes for a hundred steps; here it cannot be
+    negative. Keras keeps its state in the dtype of the parameters; here it is at least
+    float32. Of a complex gradient, Keras takes the complex square; here it is
+    :math:`|g|^2`.
+
+    A gradient of ``None`` leaves its parameter and its averages of gradients alone,
+    without decay, as in Keras. The constraints of Keras' variables are no part of this:
+    project the parameters after ``optax.apply_updates``.
+
+    Args:
+      learning_rate: a number of at least 0, a scalar array, or a schedule from the
+        number of calls so far, starting at 0, to one. The schedules of
+        ``keras.optimizers.schedules`` are accepted whatever backend Keras runs on;
+        classes derived from them must compute with JAX.
+      rho: weight of the past in the moving averages, in [0, 1].
+      momentum: weight of the past in the momentum, in [0, 1]; the number 0 for none.
+      epsilon: added to the mean square, inside the root; at least 0.
+      centered: whether to divide by the standard deviation of the gradient.
+      weight_decay: share of the parameters, times the learning rate, that every step
+        takes away; at least 0. ``update`` then needs the parameters.
+      clipnorm: greatest L2 norm of the gradient of one parameter array, which is scaled
+        down to it. More than 0.
+      clipvalue: greatest absolute value of an element of a gradient. More than 0.
+      global_clipnorm: greatest L2 norm of all gradients together. If it is not finite,
+        all updates are NaN, as in Keras. Only one of these three can be given.
+      use_ema: whether to average the parameters. ``update`` then needs them.
+      ema_momentum: weight of the past in that average, in [0, 1].
+      ema_overwrite_frequency: number of steps, at least 1, after which the average
+        overwrites the parameters; ``None`` for never. Without ``use_ema`` it has no
+        effect.
+      gradient_accumulation_steps: calls per step, at least 2; ``None`` for 1.
+      exclude_from_weight_decay: a tree of bools like the parameters, or a function from
+        the parameters to one, that is ``True`` where weights do not decay. In Keras,
+        this is a method.
+      loss_scale_factor: must be ``None``; divide the gradients instead.
+      name: must be ``None``; nothing here has a name.
+
+    Returns:
+      A gradient transformation with the state `RMSpropState`. With ``use_ema``, the
+      averaged parameters are ``state.average``, or ``optax.tree.get(state, "average")``
+      where this is a part of a larger optimizer. At the end of Keras' ``fit`` they
+      become the parameters; here it is for you to use them.
+
+    Raises:
+      ValueError: a number is out of range, an option has no meaning here, two kinds of
+        clipping are given; in ``update``, the parameters are missing, every gradient is
+        ``None``, or a gradient has another shape than its parameter.
+      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
+        neither floating-point nor complex.
+
+    Example:
+      Steps of two calls each, and the mean of the parameters after each call:
+
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_rms import dialects
+      >>> averaging = dict(use_ema=True, ema_momentum=0.5)
+      >>> tx = dialects.keras.rmsprop(
+      ...     1.0, rho=0.0, gradient_accumulation_steps=2, **averaging
+      ... )
+      >>> params = jnp.array(0.0)
+      >>> state = tx.init(params)
+      >>> for gradient in [-3.0, -1.0, 2.0, 4.0, 1.0, 1.0]:
+      ...     updates, state = tx.update(jnp.array(gradient), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{params:.3f} {state.average:.3f}")
+      0.000 0.000
+      1.000 1.000
+      1.000 1.000
+      0.000 0.500
+      0.000 0.250
+      -1.000 -0.375
+
+    References:
+      Keras 3, RMSprop, https://keras.io/api/optimizers/rmsprop/
+    """
+    _reject(
+        loss_scale_factor=(loss_scale_factor, "Divide the gradients by it instead."),
+        name=(name, "optax.named_chain gives names to states."),
+    )
+    learning_rate = _check_learning_rate(learning_rate)
+    momentum = checks.check_number("momentum", momentum, 0, 1)
+    inner = functools.partial(
+        _rmsprop.rmsprop,
+        decay=checks.check_number("rho", rho, 0, 1),
+        eps=checks.check_number("epsilon", epsilon),
+        centered=centered,
+        momentum=None if isinstance(momentum, float) and momentum == 0 else momentum,
+    )
+    inner_init = inner(0.0).init
+    if weight_decay is not None:
+        weight_decay = checks.check_number("weight_decay", weight_decay)
+    clip = _clipping(clipnorm, clipvalue, global_clipnorm)
+    use_ema = checks.check_flag("use_ema", use_ema)
+    ema_momentum = checks.check_number("ema_momentum", ema_momentum, 0, 1)
+    frequency = _check_steps("ema_overwrite_frequency", ema_overwrite_frequency, 1)
+    calls = _check_steps("gradient_accumulation_steps", gradient_accumulation_steps, 2)
+
+    def init(params) -> Any:
+        return RMSpropState(
+            inner_state=inner_init(params),
+            count=jnp.zeros([], jnp.int32),
+            accumulated=leafwise.accumulator(params) if calls else None,
+            average=jax.tree.map(_wide_copy, params) if use_ema else None,
+        )
+
+    def step(gradients, inner_state, rate, params):
+        changes, inner_state = inner(rate).update(clip(gradients), inner_state)
+        if weight_decay is not None:
+            mask = exclude_from_weight_decay
+            mask = mask(params) if callable(mask) else mask
+            shrink = functools.partial(_add, -rate * weight_decay)
+            changes = _map(shrink, changes, params, *([] if mask is None else [mask]))
+        return changes, inner_state
+
+    def accumulate(gradients, state, rate, params):
+        _check_shapes(gradients, state.accumulated)
+        total = _map(jnp.add, gradients, state.accumulated)
+        is_step = (state.count + 1) % calls == 0
+        changes, inner_state = jax.lax.cond(
+            is_step,
+            lambda: step(
+                _map(lambda g: g / calls, total), state.inner_state, rate, params
+            ),
+            lambda: (_map(jnp.zeros_like, total), state.inner_state),
+        )
+        accumulated = jax.tree.map(
+            lambda old, new: old if new is None else jnp.where(is_step, 0, new),
+            state.accumulated,
+            total,
+        )
+        return changes, state._replace(accumulated=accumulated, inner_state=inner_state)
+
+    def average(updates, state, params):
+        steps_before = state.count // (calls or 1)
+        weight = jnp.where(steps_before == 0, 0, ema_momentum)
+        mix = functools.partial(_mix, weight)
+        new = jax.tree.map(mix, state.average, params, updates)
+        if frequency is not None:
+            move = functools.partial(_move, (steps_before + 1) % frequency == 0)
+            updates = jax.tree.map(move, new, params, updates)
+        return updates, state._replace(average=new)
+
+    def update(updates, state, params=None):
+        checks.check_state_class("keras.rmsprop", state, RMSpropState)
+        checks.check_inexact_leaves("gradients", updates)
+        _check_some_gradient(updates)
+        if params is None and (use_ema or weight_decay is not None):
+            raise ValueError(
+                "with weight_decay or use_ema, update needs the parameters: "
+                "tx.update(gradients, state, params)."
+            )
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        gradients = _map(_widen, updates)
+        if calls is None:
+            changes, inner_state = step(gradients, state.inner_state, rate, params)
+            state = state._replace(inner_state=inner_state)
+        else:
+            changes, state = accumulate(gradients, state, rate, params)
+        updates = _map(lambda u, g: u.astype(g.dtype), changes, updates)
+        if use_ema:
+            updates, state = average(updates, state, params)
+        return updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _reject(**options: tuple[Any, str]) -> None:
+    for name, (value, hint) in options.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None here, got {value!r}. {hint}")
+
+
+def _check_learning_rate(learning_rate):
+    if not callable(learning_rate):
+        return checks.check_number("learning_rate", learning_rate)
+    try:
+        inspect.signature(learning_rate).bind(0)
+    except TypeError:
+        raise TypeError(
+            "learning_rate must be a number or a function of the step count, got "
+            f"{learning_rate!r}, which cannot be called with a count. Keras calls a "
+            "function without arguments anew at every step; JAX would trace it once."
+        ) from None
+    return schedules.from_object(learning_rate)
+
+
+def _check_steps(name: str, value: Any, low: int) -> int | None:
+    """Return a number of steps that decides the structure of the program."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be None or an int of at least {low}, got {value!r} of type "
+            f"{type(value).__name__}. It cannot be traced: under "
+            "optax.inject_hyperparams, name it in static_args."
+        )
+    if value < low:
+        raise ValueError(f"{name} must be None or at least {low}, got {value}.")
+    return int(value)
+
+
+def _check_some_gradient(gradients: PyTree) -> None:
+    leaves = jax.tree.leaves(gradients, is_leaf=lambda g: g is None)
+    if leaves and all(g is None for g in leaves):
+        raise ValueError(
+            "gradients must not all be None. Which parameters are trained?"
+        )
+
+
+def _check_shapes(gradients: PyTree, accumulated: PyTree) -> None:
+    """Without it, a gradient of another shape would be broadcast in the sum."""
+    leaves, treedef = jax.tree.flatten(gradients, is_leaf=lambda g: g is None)
+    checks.check_state_shapes(
+        gradients, leaves, [[treedef.flatten_up_to(accumulated)]]
+    )
+
+
+def _clipping(clipnorm, clipvalue, global_clipnorm) -> Callable[[PyTree], PyTree]:
+    """The function that clips a tree of gradients."""
+    kinds = {
+        "clipnorm": (clipnorm, clipping.clip_by_norm),
+        "clipvalue": (clipvalue, clipping.clip_by_value),
+        "global_clipnorm": (global_clipnorm, clipping.clip_by_global_norm),
+    }
+    given = [name for name, (limit, _) in kinds.items() if limit is not None]
+    if not given:
+        return lambda gradients: gradients
+    if len(given) > 1:
+        raise ValueError(f"only one kind of clipping can be used, got {given}.")
+    limit, function = kinds[given[0]]
+    hint = "For no clipping, pass None."
+    limit = checks.check_number(given[0], limit, exclude_low=True, hint=hint)
+    return lambda gradients: function(gradients, limit)
+
+
+def _map(function, tree, *trees):
+    """Map over the leaves, of which those that are ``None`` in ``tree`` stay so."""
+    return jax.tree.map(
+        lambda x, *xs: None if x is None else function(x, *xs),
+        tree,
+        *trees,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _as(like, x):
+    return jnp.asarray(x, like.dtype)
+
+
+def _widen(x):
+    x = jnp.asarray(x)
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def _wide_copy(p):
+    # A shared buffer could not be donated with both the parameters and the state.
+    return jnp.array(_widen(p), copy=True)
+
+
+def _add(factor, u, p, is_excluded=False):
+    """``u + factor * p``, in the precision of ``u``."""
+    return u if is_excluded else u + _as(u, factor) * _as(u, p)
+
+
+def _mix(weight, average, p, u):
+    """The average after the parameters have moved by ``u``, if anywhere."""
+    if u is not None:
+        p = (_as(average, p) + _as(average, u)).astype(p.dtype)
+    weight = _as(average, weight)
+    return weight * average + (1 - weight) * _as(average, p)
+
+
+def _move(overwrites, average, p, u):
+    """``u``, or what makes the average of ``p``."""
+    u = jnp.zeros_like(p) if u is None else u
+    return jnp.where(overwrites, (average - _as(average, p)).astype(u.dtype), u)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keras' learning-rate schedules, from their configuration, as functions of the step.
+
+A schedule object of Keras computes with the backend that Keras runs on, which cannot be
+traced by JAX unless it is JAX, and a saved file holds the configuration only.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_rms import _checks as checks
+
+Schedule = Callable[[Any], jax.Array]
+
+
+def _as_float(step) -> jax.Array:
+    return jnp.asarray(step).astype(jnp.result_type(float))
+
+
+def _periods(step, decay_steps, staircase):
+    step = _as_float(step)
+    # A compiler may turn the division by a constant into a product, which can end up
+    # just below the whole number that the floor is to find.
+    return step // decay_steps if staircase else step / decay_steps
+
+
+def _exponential_decay(
+    initial_learning_rate, decay_steps, decay_rate, staircase=False
+) -> Schedule:
+    def schedule(step):
+        periods = _periods(step, decay_steps, staircase)
+        return initial_learning_rate * jnp.power(decay_rate, periods)
+
+    return schedule
+
+
+def _inverse_time_decay(
+    initial_learning_rate, decay_steps, decay_rate, staircase=False
+) -> Schedule:
+    def schedule(step):
+        periods = _periods(step, decay_steps, staircase)
+        return initial_learning_rate / (1 + decay_rate * periods)
+
+    return schedule
+
+
+def _piecewise_constant_decay(boundaries, values) -> Schedule:
+    if len(values) != len(boundaries) + 1 or sorted(set(boundaries)) != boundaries:
+        raise ValueError(
+            "PiecewiseConstantDecay needs increasing boundaries and one value more "
+            f"than boundaries, got {boundaries} and {values}."
+        )
+
+    def schedule(step):
+        # A value holds up to and including its boundary.
+        piece = jnp.sum(_as_float(step) > jnp.array(boundaries))
+        return jnp.array(values, jnp.result_type(float))[piece]
+
+    return schedule
+
+
+def _polynomial_decay(
+    initial_learning_rate, decay_steps, end_learning_rate=1e-4, power=1.0, cycle=False
+) -> Schedule:
+    def schedule(step):
+        step = _as_float(step)
+        if cycle:
+            total = decay_steps * jnp.maximum(1, jnp.ceil(step / decay_steps))
+        else:
+            step, total = jnp.minimum(step, decay_steps), decay_steps
+        remaining = jnp.power(1 - step / total, power)
+        return (initial_learning_rate - end_learning_rate) * remaining + (
+            end_learning_rate
+        )
+
+    return schedule
+
+
+def _cosine(fraction, alpha):
+    return (1 - alpha) * 0.5 * (1 + jnp.cos(math.pi * fraction)) + alpha
+
+
+def _cosine_decay(
+    initial_learning_rate, decay_steps, alpha=0.0, warmup_target=None, warmup_steps=0
+) -> Schedule:
+    if warmup_target is None:
+        # Keras ignores warmup_steps then.
+        warmup_target, warmup_steps = initial_learning_rate, 0
+
+    def schedule(step):
+        step = _as_float(step)
+        decayed = jnp.clip((step - warmup_steps) / decay_steps, 0, 1)
+        decaying = warmup_target * _cosine(decayed, alpha)
+        if not warmup_steps:
+            return decaying
+        slope = (warmup_target - initial_learning_rate) / warmup_steps
+        warming = initial_learning_rate + slope * step
+        return jnp.where(step < warmup_steps, warming, decaying)
+
+    return schedule
+
+
+def _cosine_decay_restarts(
+    initial_learning_rate, first_decay_steps, t_mul=2.0, m_mul=1.0, alpha=0.0
+) -> Schedule:
+    def schedule(step):
+        fraction = _as_float(step) / first_decay_steps
+        if t_mul == 1:
+            restarts = jnp.floor(fraction)
+            fraction = fraction - restarts
+        else:
+            # The lengths of the periods are a geometric series.
+            restarts = jnp.floor(
+                jnp.log(1 + fraction * (t_mul - 1)) / jnp.log(_as_float(t_mul))
+            )
+            length = jnp.power(t_mul, restarts)
+            fraction = (fraction - (length - 1) / (t_mul - 1)) / length
+        amplitude = jnp.power(m_mul, restarts)
+        cosine = amplitude * _cosine(fraction, 0)
+        return initial_learning_rate * ((1 - alpha) * cosine + alpha)
+
+    return schedule
+
+
+_SCHEDULES = {
+    "CosineDecay": _cosine_decay,
+    "CosineDecayRestarts": _cosine_decay_restarts,
+    "ExponentialDecay": _exponential_decay,
+    "InverseTimeDecay": _inverse_time_decay,
+    "PiecewiseConstantDecay": _piecewise_constant_decay,
+    "PolynomialDecay": _polynomial_decay,
+}
+
+
+def from_object(schedule: Any) -> Callable[[Any], Any]:
+    """Return a schedule that JAX can trace; one that is not Keras' own, as it is."""
+    cls = type(schedule)
+    if cls.__module__.partition(".")[0] == "keras" and cls.__name__ in _SCHEDULES:
+        return from_config(
+            {"class_name": cls.__name__, "config": schedule.get_config()}
+        )
+    return schedule
+
+
+def from_config(serialized: Any) -> Schedule:
+    """Return the schedule that ``keras.optimizers.schedules.serialize`` was given.
+
+    Raises:
+      ValueError: the class is not Keras' own, or its configuration is damaged.
+    """
+    parts = dict(serialized) if isinstance(serialized, Mapping) else {}
+    name, config = parts.get("class_name"), parts.get("config")
+    is_own = parts.get("module", "keras.optimizers.schedules").startswith("keras.")
+    if name not in _SCHEDULES or not is_own or not isinstance(config, Mapping):
+        raise ValueError(
+            "learning_rate must be a number or one of Keras' own schedules, which are "
+            f"{', '.join(_SCHEDULES)}, got {serialized!r}. Pass learning_rate yourself."
+        )
+    try:
+        arguments = {k: _check(k, v) for k, v in config.items() if k != "name"}
+        return _SCHEDULES[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"learning_rate, a {name}: {error}") from error
+
+
+def _check(key: str, value: Any) -> Any:
+    if key in ("cycle", "staircase"):
+        return checks.check_flag(key, value)
+    if key == "warmup_target" and value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [checks.check_number(key, number, -math.inf) for number in value]
+    if key in ("decay_steps", "first_decay_steps"):
+        return checks.check_number(key, value, exclude_low=True)
+    return checks.check_number(key, value, -math.inf)

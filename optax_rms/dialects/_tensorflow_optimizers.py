@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSProp as TensorFlow 1 and the Keras inside TensorFlow 2 have it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_rms import _checks as checks
+from optax_rms import _rmsprop
+from optax_rms.dialects import _gradient_clipping as clipping
+
+PyTree = Any
+LearningRate = ArrayLike | Callable[[Any], ArrayLike]
+
+
+def rmsprop(
+    learning_rate: LearningRate,
+    decay: ArrayLike = 0.9,
+    momentum: ArrayLike = 0.0,
+    epsilon: ArrayLike = 1e-10,
+    *,
+    centered: bool = False,
+    use_locking: bool = False,
+    name: None = None,
+) -> optax.GradientTransformation:
+    r"""``tf.compat.v1.train.RMSPropOptimizer``.
+
+    The updates are those of TensorFlow, step for step, up to rounding:
+
+    .. math::
+      v_t &= v_{t-1} + (1 - \text{decay}) \, (g_t^2 - v_{t-1}) \\
+      b_t &= \text{momentum} \, b_{t-1}
+        + \text{learning_rate}_t \, g_t / \sqrt{v_t + \text{epsilon}} \\
+      \theta_t &= \theta_{t-1} - b_t
+
+    from :math:`v_0 = 1` and :math:`b_0 = 0`. The one makes a warm-up: while it is
+    forgotten, gradients much smaller than 1 move their parameters less. With
+    ``centered``, the variance :math:`v_t - m_t^2` takes the place of :math:`v_t` under
+    the root, where :math:`m_t` is the moving average of :math:`g_t`.
+
+    What differs: rows that a sparse gradient does not touch are gradients of 0 here,
+    while TensorFlow leaves them and their averages alone. Of complex gradients
+    :math:`|g_t|^2` is averaged, not the complex :math:`g_t^2`.
+
+    Args:
+      learning_rate: a number of at least 0, a scalar array, or a schedule from the step
+        count, starting at 0, to one.
+      decay: weight of the past in the moving averages, in [0, 1].
+      momentum: weight of the past in the momentum, in [0, 1]; the number 0 for none,
+        which keeps no buffer.
+      epsilon: added to the mean square, at least 0.
+      centered: whether to divide by the standard deviation of the gradient.
+      use_locking: must be ``False``; nothing is updated in place.
+      name: must be ``None``; give the name in a checkpoint to `import_state`.
+
+    Returns:
+      A gradient transformation with the state of ``optax_rms.rmsprop``.
+
+    Raises:
+      ValueError: a number is out of range, or an option has no meaning here.
+      TypeError: an argument is no number or flag; a leaf is neither floating-point nor
+        complex.
+
+    Example:
+      A small gradient moves its parameter by about learning_rate * gradient at first,
+      not by a multiple of the learning rate:
+
+      >>> import jax.numpy as jnp
+      >>> from optax_rms import dialects
+      >>> tx = dialects.tensorflow.rmsprop(0.1)
+      >>> params = jnp.array([0.0, 0.0])
+      >>> updates, state = tx.update(jnp.array([1.0, 1e-3]), tx.init(params))
+      >>> print(updates.round(6))
+      [-0.1      -0.000105]
+
+    References:
+      TensorFlow, tf.compat.v1.train.RMSPropOptimizer,
+      https://www.tensorflow.org/api_docs/python/tf/compat/v1/train/RMSPropOptimizer
+    """
+    if use_locking is not False:
+        raise ValueError(
+            f"use_locking must be False, got {use_locking!r}. Transformations are pure "
+            "functions: nothing is updated in place, so that there is nothing to lock."
+        )
+    _reject_name(name)
+    return _rmsprop.rmsprop(
+        learning_rate,
+        decay,
+        checks.check_number("epsilon", epsilon),
+        initial_scale=1.0,
+        centered=centered,
+        momentum=momentum if _is_used("momentum", momentum) else None,
+    )
+
+
+def legacy_keras_rmsprop(
+    learning_rate: LearningRate = 0.001,
+    rho: ArrayLike = 0.9,
+    momentum: ArrayLike = 0.0,
+    epsilon: ArrayLike | None = 1e-7,
+    centered: bool = False,
+    name: None = None,
+    *,
+    clipnorm: ArrayLike | None = None,
+    clipvalue: ArrayLike | None = None,
+    global_clipnorm: ArrayLike | None = None,
+    decay: ArrayLike = 0.0,
+) -> optax.GradientTransformation:
+    r"""``tf.keras.optimizers.RMSprop`` before TensorFlow 2.11.
+
+    Later ``tf.keras.optimizers.legacy.RMSprop``. The updates are those of TensorFlow,
+    step for step, up to rounding. Where epsilon sits depends on the momentum: with the
+    number 0 for ``momentum``,
+
+    .. math::
+      v_t &= \text{rho} \, v_{t-1} + (1 - \text{rho}) \, g_t^2, \qquad v_0 = 0 \\
+      \theta_t &= \theta_{t-1}
+        - \text{learning_rate}_t \, g_t / (\sqrt{v_t} + \text{epsilon})
+
+    and with momentum, or an array as ``momentum`` even if its value is 0,
+
+    .. math::
+      b_t &= \text{momentum} \, b_{t-1}
+        + \text{learning_rate}_t \, g_t / \sqrt{v_t + \text{epsilon}}, \qquad b_0 = 0 \\
+      \theta_t &= \theta_{t-1} - b_t
+
+    With ``centered``, the variance :math:`v_t - m_t^2` takes the place of :math:`v_t`,
+    where :math:`m_t` is the moving average of :math:`g_t`. Before all that, gradients
+    are clipped: by ``clipvalue`` first, then by norm.
+
+    Where TensorFlow is wrong, this is right: centred and without momentum, it computes
+    the variance as a difference that rounding makes negative, and the root NaN, as soon
+    as a gradient hardly changes for a hundred steps; here it cannot be negative. Sparse
+    gradients and complex ones differ as in `rmsprop`. Very early versions of TensorFlow
+    2 had epsilon inside the root always: use ``optax_rms.rmsprop`` for those, and for
+    newer versions of tf.keras the Keras dialect.
+
+    Args:
+      learning_rate: a number of at least 0, a scalar array, or a schedule from the step
+        count, starting at 0, to one.
+      rho: weight of the past in the moving averages, in [0, 1].
+      momentum: weight of the past in the momentum, in [0, 1].
+      epsilon: added to the root or to the mean square, see above. The number 0 and
+        ``None`` mean 1e-7, as in TensorFlow.
+      centered: whether to divide by the standard deviation of the gradient.
+      name: must be ``None``; give the name in a checkpoint to `import_state`.
+      clipnorm: greatest Euclidean norm of the gradient of each parameter, above 0.
+      clipvalue: greatest absolute value of each element of a gradient, above 0.
+      global_clipnorm: greatest Euclidean norm of all gradients together, above 0; not
+        together with ``clipnorm``. If it is not finite, all gradients become NaN.
+      decay: at least 0; the learning rate is divided by 1 + decay * count.
+
+    Returns:
+      A gradient transformation with the state of ``optax_rms.rmsprop``.
+
+    Raises:
+      ValueError: a number is out of range, or an option has no meaning here.
+      TypeError: an argument is no number or flag; a leaf is neither floating-point nor
+        complex.
+
+    Example:
+      Without momentum, epsilon is outside the root, and a gradient as small as epsilon
+      is still divided by little more than its own size:
+
+      >>> import jax.numpy as jnp
+      >>> from optax_rms import dialects
+      >>> params, gradient = jnp.array(0.0), jnp.array(1e-5)
+      >>> for momentum in (0.0, 0.5):
+      ...     tx = dialects.tensorflow.legacy_keras_rmsprop(0.1, momentum=momentum)
+      ...     updates, state = tx.update(gradient, tx.init(params))
+      ...     print(updates.round(3))
+      -0.307
+      -0.003
+
+    References:
+      TensorFlow, tf.keras.optimizers.legacy.RMSprop,
+      https://www.tensorflow.org/versions/r2.15/api_docs/python/tf/keras/optimizers/legacy/RMSprop
+    """
+    _reject_name(name)
+    has_momentum = _is_used("momentum", momentum)
+    if epsilon is None or not _is_used("epsilon", epsilon):
+        epsilon = 1e-7
+    if _is_used("decay", decay):
+        learning_rate = _inverse_time_decay(learning_rate, decay)
+    tx = _rmsprop.rmsprop(
+        learning_rate,
+        checks.check_number("rho", rho, 0, 1),
+        epsilon,
+        eps_in_sqrt=has_momentum,
+        centered=centered,
+        momentum=momentum if has_momentum else None,
+    )
+    clip = _clipping(clipvalue, clipnorm, global_clipnorm)
+
+    def update(updates, state, params=None):
+        return tx.update(clip(updates), state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _is_used(name: str, value: ArrayLike) -> bool:
+    """Whether a number is not known to be 0; what an array is, is not known."""
+    number = checks.check_number(name, value)
+    return not isinstance(number, float) or number != 0
+
+
+def _reject_name(name: None) -> None:
+    if name is not None:
+        raise ValueError(
+            f"name must be None, got {name!r}. It is part of names in a checkpoint; "
+            "give it to import_state and export_state as their `optimizer`."
+        )
+
+
+def _inverse_time_decay(learning_rate: LearningRate, decay: ArrayLike):
+    """The schedule learning_rate / (1 + decay * count)."""
+    if not callable(learning_rate):
+        learning_rate = checks.check_number("learning_rate", learning_rate)
+
+    def schedule(count):
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        dtype = jnp.result_type(float)
+        divisor = 1 + jnp.asarray(decay, dtype) * jnp.asarray(count, dtype)
+        return jnp.asarray(rate, dtype) / divisor
+
+    return schedule
+
+
+def _clipping(clipvalue, clipnorm, global_clipnorm) -> Callable[[PyTree], PyTree]:
+    """A function that clips gradients, by value and then by norm."""
+    if clipnorm is not None and global_clipnorm is not None:
+        raise ValueError(
+            "clipnorm and global_clipnorm cannot be given together, got "
+            f"{clipnorm!r} and {global_clipnorm!r}."
+        )
+    steps = [
+        (clipping.clip_by_value, "clipvalue", clipvalue),
+        (clipping.clip_by_norm, "clipnorm", clipnorm),
+        (clipping.clip_by_global_norm, "global_clipnorm", global_clipnorm),
+    ]
+    steps = [
+        (step, checks.check_number(name, limit, exclude_low=True))
+        for step, name, limit in steps
+        if limit is not None
+    ]
+
+    def clip(gradients):
+        for step, limit in steps:
+            gradients = step(gradients, limit)
+        return gradients
+
+    return clip

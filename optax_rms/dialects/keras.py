@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSProp as Keras 3 has it, and runs handed over from and to Keras."""
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_rms import _checks as checks
+from optax_rms.dialects import _handover as handover
+from optax_rms.dialects import _keras_variables as variables
+from optax_rms.dialects._keras_optimizer import LearningRate
+from optax_rms.dialects._keras_optimizer import RMSpropState as RMSpropState
+from optax_rms.dialects._keras_optimizer import rmsprop as rmsprop
+
+PyTree = Any
+
+
+def import_state(
+    source: Any,
+    convert: Callable[[Any], PyTree],
+    names: variables.Names | None = None,
+    learning_rate: LearningRate | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[optax.GradientTransformation, RMSpropState]:
+    """Take over a run from ``keras.optimizers.RMSprop``.
+
+    Args:
+      source: one of these, and nothing of Keras itself is needed to read them:
+
+        * the optimizer, built, on any backend: ``model.optimizer``;
+        * the path of a file that ``model.save`` has written, ``*.keras``;
+        * the path of a file that ``model.save_weights`` has written, ``*.weights.h5``,
+          with ``config``;
+        * a list of variables or arrays such as ``optimizer.variables``, or a mapping
+          from ``"0"``, ``"1"``, ... to arrays such as `export_state` returns, both with
+          ``config``.
+
+        To read files, h5py must be installed.
+      convert: the function with which the weights of the model are moved to the tree of
+        parameters here. It is called with the slots of the optimizer in place of the
+        weights, in NumPy arrays, those of half precision widened to float32. It may
+        rename, transpose, reshape, split and join arrays, but not scale, pad, drop or
+        round them.
+      names: names of the trainable variables in the order of the model,
+        ``[v.path for v in model.trainable_variables]``; or a mapping from the names to
+        the weights, in this order, with which all shapes are checked. The keys that
+        ``convert`` is given. An optimizer knows them itself, with underscores for
+        slashes; files, which store by position, do not.
+      learning_rate: a number, array, or schedule that replaces the one of Keras. A
+        schedule is not started anew: it continues with the number of calls that the
+        optimizer has seen. It is needed where Keras has a schedule that is not its own.
+      config: what ``optimizer.get_config()`` returned, in place of that in ``source``.
+
+    Returns:
+      The transformation `rmsprop`, and its state, which continue the run. Parameters
+      that an optimizer excludes from weight decay stay excluded; files do not tell.
+
+    Raises:
+      ValueError: naming everything that is missing, left over, of a wrong shape or
+        dtype, out of range or not finite, or all arrays with which ``convert`` does
+        something else than allowed.
+      ImportError: h5py is missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from optax_rms import dialects
+      >>> config = {  # optimizer.get_config()
+      ...     **dict(learning_rate=0.1, rho=0.9, momentum=0.0, epsilon=0.0),
+      ...     **dict(centered=False, weight_decay=None, clipnorm=None, clipvalue=None),
+      ...     **dict(global_clipnorm=None, use_ema=False, ema_momentum=0.99),
+      ...     **dict(ema_overwrite_frequency=None),
+      ... }
+      >>> velocity = np.full((2, 3), 4.0, np.float32)
+      >>> variables = [np.array(25), np.array(0.1), velocity]
+      >>> def convert(arrays):
+      ...     return {"weight": jnp.asarray(arrays["kernel"]).T}
+      >>> tx, state = dialects.keras.import_state(
+      ...     variables, convert, ["kernel"], config=config
+      ... )
+
+      Keras' velocity is the mean square. It is 4, so a gradient of 2 moves a parameter
+      by the learning rate:
+
+      >>> updates, state = tx.update({"weight": jnp.full((3, 2), 2.0)}, state)
+      >>> print(updates["weight"][0])
+      [-0.1 -0.1]
+
+      And back, one step further:
+
+      >>> def convert_back(params):
+      ...     return {"kernel": params["weight"].T}
+      >>> exported = dialects.keras.export_state(
+      ...     state, convert_back, ["kernel"], like=variables, config=config
+      ... )
+      >>> print(exported["0"], exported["2"].shape)
+      26 (2, 3)
+    """
+    saved = variables.read(source, names, config, learning_rate)
+    problems = handover.Problems("the Keras optimizer cannot be imported")
+    count = problems.attempt(
+        handover.read_count, "iteration", saved.scalars["iteration"]
+    )
+    settings = dict(saved.settings)
+    if "learning_rate" in saved.scalars:
+        stored = saved.scalars["learning_rate"]
+        rate = problems.attempt(handover.read_number, "learning_rate", stored)
+        settings.setdefault("learning_rate", rate)
+    weights = dict(names) if isinstance(names, Mapping) else {}
+    slots = {
+        slot: _named(
+            {
+                name: problems.attempt(_read, slot, name, value, weights)
+                for name, value in arrays.items()
+            }
+        )
+        for slot, arrays in saved.slots.items()
+    }
+    problems.raise_any()
+
+    converter = handover.Converter("convert", convert, slots["velocity"])
+    if "average_gradient" in slots:
+        slots["velocity"] = jax.tree.map(
+            handover.variance, slots["velocity"], slots["average_gradient"]
+        )
+    trees = {
+        slot: jax.tree.map(jnp.array, converter(slot, slots[slot])) for slot in slots
+    }
+    if saved.excluded:
+        settings["exclude_from_weight_decay"] = _mask(converter, slots, saved.excluded)
+    tx = problems.attempt(rmsprop, **settings)
+    problems.raise_any()
+
+    # init looks at nothing but the shapes of the parameters.
+    state = tx.init(trees["velocity"])
+    fields = {
+        "nu": trees["velocity"],
+        "variance": trees["velocity"],
+        "mu": trees.get("average_gradient"),
+        "trace": jax.tree.map(jnp.negative, trees.get("momentum")),
+    }
+    return tx, RMSpropState(
+        count=jnp.asarray(count, jnp.int32),
+        accumulated=trees.get("gradient_accumulator"),
+        inner_state=handover.with_fields(state.inner_state, fields),
+        average=trees.get("average"),
+    )
+
+
+def export_state(
+    state: RMSpropState,
+    convert_back: Callable[[PyTree], Mapping[str, Any]],
+    names: variables.Names | None = None,
+    *,
+    like: Any,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
+    """Hand a run over to ``keras.optimizers.RMSprop``.
+
+    What it returns is for the method ``load_own_variables`` of the optimizer, which has
+    to be built. The settings, the learning rate included, are those of ``like``.
+
+    Args:
+      state: of `rmsprop`, such as `import_state` returns.
+      convert_back: the inverse of the ``convert`` of `import_state`: it turns a tree of
+        parameters into ``{name: array}``.
+      names: as for `import_state`.
+      like: the optimizer that is to take over, or anything else that `import_state`
+        takes. Order, shapes and dtypes are as in there.
+      config: as for `import_state`.
+
+    Returns:
+      A mapping from ``"0"``, ``"1"``, ... to NumPy arrays, in the order of the
+      optimizer's variables.
+
+    Raises:
+      ValueError: naming everything in which the state does not fit ``like``, or all
+        arrays with which ``convert_back`` does something else than allowed.
+      TypeError: the state is that of another transformation.
+    """
+    saved = variables.read(like, names, config)
+    checks.check_state_class("keras.export_state", state, RMSpropState)
+    fields = handover.fields(state.inner_state)
+    trees = {
+        "average": state.average,
+        "gradient_accumulator": state.accumulated,
+        "velocity": fields.get("nu", fields.get("variance")),
+        "momentum": jax.tree.map(jnp.negative, fields.get("trace")),
+        "average_gradient": fields.get("mu"),
+    }
+    trees = {slot: tree for slot, tree in trees.items() if tree is not None}
+    problems = handover.Problems("the state cannot be exported")
+    if trees.keys() != saved.slots.keys():
+        problems.add(f"like has the slots {[*saved.slots]}, the state {[*trees]}")
+    problems.raise_any()
+
+    converter = handover.Converter("convert_back", convert_back, trees["velocity"])
+    slots = {slot: converter(slot, tree) for slot, tree in trees.items()}
+    for name in sorted(saved.slots["velocity"].keys() ^ slots["velocity"].keys()):
+        where = (
+            "like" if name in saved.slots["velocity"] else "what convert_back returned"
+        )
+        problems.add(f"{name!r} is only in {where}")
+    problems.raise_any()
+    arrays = {
+        slot: {
+            name: problems.attempt(_fit, slot, name, slots, template)
+            for name, template in templates.items()
+        }
+        for slot, templates in saved.slots.items()
+    }
+    problems.raise_any()
+    scalars = {**saved.scalars, "iteration": state.count}
+    flat = [
+        np.asarray(scalars[name], like.dtype) for name, like in saved.scalars.items()
+    ]
+    flat += [array for column in arrays.values() for array in column.values()]
+    return {str(i): array for i, array in enumerate(flat)}
+
+
+def _named(arrays: dict[str, Any]) -> collections.OrderedDict[str, Any]:
+    # Not a dict, whose order is lost when it is flattened: convert may rely on it.
+    return collections.OrderedDict(arrays)
+
+
+def _read(slot: str, name: str, value: Any, weights: dict[str, Any]) -> np.ndarray:
+    """A slot of a parameter; ``weights`` gets an array like it, if it has none yet."""
+    array = handover.read_array(
+        f"{name}_{slot}", value, weights.get(name), nonnegative=slot == "velocity"
+    )
+    if np.iscomplexobj(array):
+        raise ValueError(
+            f"{name}_{slot} is complex; Keras squares complex gradients without taking "
+            "their modulus, so that its velocity is of no use here"
+        )
+    weights.setdefault(name, array)
+    return array
+
+
+def _mask(converter: handover.Converter, slots: Any, excluded: set[str]) -> PyTree:
+    """Which leaves come from excluded parameters."""
+    flags = [name in excluded for name in slots["velocity"]]
+    found = [{flags[i] for i in sources} for sources in converter.sources]
+    if any(len(kinds) > 1 for kinds in found):
+        raise ValueError(
+            f"convert must not join {sorted(excluded)}, which the optimizer excludes "
+            "from weight decay, with others"
+        )
+    return jax.tree.unflatten(converter.treedef, [True in kinds for kinds in found])
+
+
+def _fit(slot: str, name: str, slots: Any, template: Any) -> np.ndarray:
+    """A slot of a parameter as Keras has it."""
+    array = slots[slot][name]
+    if array.shape != template.shape:
+        raise ValueError(
+            f"{name}_{slot} must have shape {template.shape} as in like, but "
+            f"convert_back returned {array.shape}"
+        )
+    with np.errstate(over="ignore"):
+        fitted = array.astype(template.dtype)
+        if slot == "velocity" and "average_gradient" in slots:
+            mean = slots["average_gradient"][name].astype(template.dtype)
+            fitted = handover.mean_square(array, mean)
+    if not np.all(np.isfinite(fitted)):
+        raise ValueError(f"{name}_{slot} is not finite, as {template.dtype}")
+    return fitted

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSProp as Optax has it, and states handed over from and to it.
+
+Without ``centered`` there is nothing to hand over: ``optax.rmsprop`` has the same state
+as ``optax_rms.rmsprop``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_rms._rmsprop import rmsprop as rmsprop
+from optax_rms._scale_by_rms import ScaleByStddevState
+from optax_rms.dialects import _handover as handover
+
+PyTree = Any
+
+# Optax exports the two classes without a count only.
+_Rms: Any = optax.ScaleByRmsState
+_RmsWithCount: Any = type(optax.scale_by_rms(bias_correction=True).init(()))
+_Stddev: Any = optax.ScaleByRStdDevState
+_StddevWithCount: Any = type(optax.scale_by_stddev(bias_correction=True).init(()))
+
+
+def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
+    r"""Turn a state of ``optax.rmsprop`` into one of ``optax_rms.rmsprop``.
+
+    The state may be part of a larger one, such as that of ``optax.chain``,
+    ``optax.MultiSteps`` or ``optax.inject_hyperparams``: the states of
+    ``optax.scale_by_rms`` and ``optax.scale_by_stddev`` in it are converted, and the
+    rest is left alone. Centred, Optax keeps the mean square :math:`\nu` where this
+    library keeps the variance, which cannot turn negative by rounding:
+
+    .. math::
+      \mu = \mu_{\text{Optax}} / w, \qquad
+      \text{variance} = \nu_{\text{Optax}} - w \, |\mu|^2
+
+    where :math:`w` is 1 or, with bias correction, :math:`1 - \text{decay}^t`. Averages
+    in half precision become float32; the momentum keeps its dtype.
+
+    Args:
+      opt_state: what ``init`` or ``update`` of an Optax optimizer returned.
+      decay: the decay of the optimizer, in [0, 1); needed, and used, only if it is
+        centred and has bias correction.
+
+    Returns:
+      The state for the same optimizer with ``optax_rms`` in place of ``optax``.
+
+    Raises:
+      ValueError: there is no RMSProp in the state, or anything is missing, of another
+        shape than it must be, not finite, or negative; everything found is in the
+        message.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_rms
+      >>> params = jnp.array([1.0, 2.0])
+      >>> theirs = optax.rmsprop(0.1, centered=True)
+      >>> ours = optax_rms.dialects.optax.rmsprop(0.1, centered=True)
+      >>> _, state = theirs.update(jnp.array([3.0, 4.0]), theirs.init(params))
+      >>> print(theirs.update(jnp.array([1.0, 1.0]), state)[0].round(5))
+      [-0.11373 -0.08676]
+      >>> state = optax_rms.dialects.optax.import_state(state)
+      >>> print(ours.update(jnp.array([1.0, 1.0]), state)[0].round(5))
+      [-0.11373 -0.08676]
+    """
+    _check(opt_state, decay, "imported", (_Stddev, _StddevWithCount))
+
+    def convert(state):
+        count = state.count if isinstance(state, _StddevWithCount) else None
+        weight = _weight(count, decay)
+        mu = _map(lambda m: _divide(m, weight), state.mu)
+        variance = _map(lambda n, m: _variance(n, m, weight), state.nu, mu)
+        return ScaleByStddevState(count, mu, variance)
+
+    return _convert(opt_state, convert)
+
+
+def export_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
+    """The inverse of `import_state`: a state for Optax.
+
+    Args:
+      opt_state: what ``init`` or ``update`` of ``optax_rms.rmsprop`` returned, or a
+        larger state that contains it.
+      decay: as for `import_state`.
+
+    Returns:
+      The state for the same optimizer with ``optax`` in place of ``optax_rms``, in the
+      dtypes that it had.
+
+    Raises:
+      ValueError: as for `import_state`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_rms import dialects
+      >>> tx = dialects.optax.rmsprop(0.1, decay=0.5, centered=True)
+      >>> _, state = tx.update(jnp.array([2.0]), tx.init(jnp.array([0.0])))
+      >>> print(state[0].mu, state[0].variance)
+      [1.] [1.]
+      >>> state = dialects.optax.export_state(state)
+      >>> print(state[0].mu, state[0].nu)
+      [1.] [2.]
+    """
+    _check(opt_state, decay, "exported", (ScaleByStddevState,))
+
+    def convert(state):
+        weight = _weight(state.count, decay)
+        mu = _map(lambda m: _multiply(m, weight), state.mu)
+        nu = _map(lambda s, m: _mean_square(s, m, weight), state.variance, state.mu)
+        if state.count is None:
+            return _Stddev(mu=mu, nu=nu)
+        return _StddevWithCount(count=state.count, mu=mu, nu=nu)
+
+    return _convert(opt_state, convert)
+
+
+def _is_rmsprop(state: Any) -> bool:
+    return isinstance(
+        state, (_Rms, _RmsWithCount, _Stddev, _StddevWithCount, ScaleByStddevState)
+    )
+
+
+def _convert(opt_state: PyTree, convert: Callable[[Any], Any]) -> PyTree:
+    """Convert each state of centred RMSProp that is somewhere in a state."""
+
+    def visit(state):
+        if isinstance(state, (_Rms, _RmsWithCount)):
+            return state._replace(nu=_map(lambda nu: nu, state.nu))
+        return convert(state) if _is_rmsprop(state) else state
+
+    return jax.tree.map(visit, opt_state, is_leaf=_is_rmsprop)
+
+
+def _check(opt_state: PyTree, decay: Any, verb: str, centered: tuple[Any, ...]) -> None:
+    """Raise one ``ValueError`` for all that is wrong with a state.
+
+    ``centered`` are the classes that centred RMSProp may have in it.
+    """
+    problems = handover.Problems(f"the state cannot be {verb}")
+    states = jax.tree.leaves_with_path(opt_state, is_leaf=_is_rmsprop)
+    states = [(path, state) for path, state in states if _is_rmsprop(state)]
+    if not states:
+        problems.add(f"there is no state of RMSProp in {jax.tree.structure(opt_state)}")
+    for path, state in states:
+        where = handover.leaf_name(path) if path else "the state"
+        if not isinstance(state, (_Rms, _RmsWithCount, *centered)):
+            problems.add(f"{where} is {type(state).__name__} already")
+            continue
+        _check_state(problems, where, state, decay)
+    problems.raise_any()
+
+
+def _check_state(problems, where, state, decay) -> None:
+    fields = state._asdict()
+    count = fields.pop("count", None)
+    if count is not None:
+        problems.attempt(handover.read_count, f"{where}.count", count)
+        if "mu" in fields and decay is None:
+            problems.add(
+                f"{where} has bias correction; pass the decay of the optimizer"
+            )
+        elif "mu" in fields:
+            bounds = {"high": 1, "exclude_high": True}
+            problems.attempt(handover.read_number, "decay", decay, **bounds)
+    columns = {}
+    for field, tree in fields.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = f"{where}.{field}" + (f".{handover.leaf_name(path)}" if path else "")
+            array = problems.attempt(
+                handover.read_array, name, leaf, nonnegative=field != "mu"
+            )
+            columns.setdefault(str(path), {})[name] = array
+    for column in columns.values():
+        shapes = {name: np.shape(array) for name, array in column.items()}
+        if len(shapes) < len(fields) or len(set(shapes.values())) > 1:
+            problems.add(f"{where} needs {' and '.join(fields)} of one shape: {shapes}")
+        elif fields.keys() == {"mu", "nu"}:
+            mu, nu = column.values()
+            if mu is None or nu is None:
+                continue
+            if np.any(np.real(nu) < 0.5 * np.square(np.abs(mu))):
+                problems.add(f"{' is more than the root of '.join(column)}; swapped?")
+
+
+def _weight(count: Any, decay: Any) -> float:
+    """The sum of the weights in an average; 1 of one without bias correction."""
+    if count is None or int(count) == 0 or decay == 0:
+        return 1.0
+    return -math.expm1(int(count) * math.log(decay))
+
+
+def _map(function: Callable[..., np.ndarray], *trees: PyTree) -> PyTree:
+    """Map a function of NumPy arrays; the result is sharded as the first tree is."""
+
+    def on_devices(first, *rest):
+        result = function(*map(handover.to_numpy, (first, *rest)))
+        sharding = first.sharding if isinstance(first, jax.Array) else None
+        return jax.device_put(result, sharding)
+
+    return jax.tree.map(on_devices, *trees)
+
+
+def _variance(nu: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:
+    return handover.variance(np.real(nu), math.sqrt(weight) * np.abs(_widen(mu)))
+
+
+def _mean_square(variance: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:
+    """The inverse of `_variance`, complex as the mean is."""
+    guess = variance + weight * np.square(np.abs(_widen(mu)))
+    nu = _invert(lambda x: _variance(x, mu, weight), guess, variance)
+    return nu.astype(mu.dtype)
+
+
+def _divide(mu: np.ndarray, weight: float) -> np.ndarray:
+    return (_widen(mu) / weight).astype(mu.dtype)
+
+
+def _multiply(mu: Any, weight: float) -> np.ndarray:
+    """The inverse of `_divide`."""
+    if np.iscomplexobj(mu):
+        parts = [_multiply(x, weight) for x in (mu.real, mu.imag)]
+        return np.stack(parts, axis=-1).view(mu.dtype)[..., 0]
+    return _invert(lambda x: _divide(x, weight), _widen(mu) * weight, mu)
+
+
+def _invert(function, guess: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """An array of which the function is ``value`` bit for bit, if there is one.
+
+    A value that came from a rounded number comes from the rounded guess as well, or
+    from one of its neighbours.
+    """
+    nearest = guess.astype(value.dtype)
+    infinity = np.asarray(np.inf, value.dtype)
+    neighbours = [
+        nearest,
+        np.nextafter(nearest, -infinity),
+        np.nextafter(nearest, infinity),
+    ]
+    exact = [function(x) == value for x in neighbours]
+    return np.select(exact, neighbours, nearest)
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

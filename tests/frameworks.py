@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frameworks that the library is compared with, as far as they are installed."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+import pytest
+
+
+def require(name: str) -> ModuleType:
+    """Import a framework, or skip the module that asks for it.
+
+    A newcomer need not install what only the tests of parity want. Where everything is
+    meant to be there, OPTAX_RMS_REQUIRE_PARITY=1 makes a missing framework an error.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        is_required = os.environ.get("OPTAX_RMS_REQUIRE_PARITY") == "1"
+        if is_required or error.name != name.partition(".")[0]:
+            raise
+        pytest.skip(
+            f'{name} is missing: pip install -e ".[parity]"', allow_module_level=True
+        )
+
+
+def require_submodule(name: str) -> ModuleType:
+    """`require` a module without running the packages that it is in.
+
+    timm needs torchvision to be imported, and its optimizers do not.
+    """
+    packages = name.split(".")[:-1]
+    spec = importlib.util.find_spec(packages[0])
+    if spec is None or packages[0] in sys.modules:
+        return require(name)
+    path = spec.submodule_search_locations
+    for i in range(len(packages)):
+        package = ModuleType(".".join(packages[: i + 1]))
+        package.__path__ = [os.path.join(p, *packages[1 : i + 1]) for p in path]
+        sys.modules[package.__name__] = package
+    try:
+        return importlib.import_module(name)
+    finally:  # Whoever imports the package later gets the whole of it.
+        for module in [m for m in sys.modules if m.split(".")[0] == packages[0]]:
+            del sys.modules[module]
