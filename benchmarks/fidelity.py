@@ -3,10 +3,10 @@
 
     python -m benchmarks.fidelity
 
-The gradients are those of the digits network along one training run: 300 batches of 32,
-all 9,610 weights. Each framework's own RMSProp follows them, with its defaults but
-momentum 0.9 and a cosine learning rate, then `optax.rmsprop` with the same numbers, then
-the dialect of this library. The drift is the distance between the end points over the
+The gradients are those of the digits network along one training run: 300 batches of
+32, all 9,610 weights. Each framework's own RMSProp follows them, with its defaults but
+momentum 0.9 and a cosine learning rate; then `optax.rmsprop` with the same numbers;
+momentum 0.9 and a cosine learning rate; then `optax.rmsprop` with these numbers; then
 distance that the framework's run covered.
 
 Centred RMSProp is measured on 1,000 constant gradients between 0.1 and 1000, decay 0.9,
@@ -27,7 +27,8 @@ from flax import linen as nn
 from sklearn.datasets import load_digits
 
 import optax_rms
-from benchmarks import record, timm_rmsprop_tf
+from benchmarks import record
+from tests.frameworks import require_submodule
 
 STEPS = 300
 MOMENTUM = 0.9
@@ -97,36 +98,38 @@ def run_keras(learning_rates, gradients, **settings) -> np.ndarray:
 
 def drift() -> list[dict[str, object]]:
     gradients = digits_gradients()
-    torch_optim, timm = torch.optim.RMSprop, timm_rmsprop_tf.load()
-
-    def rates(schedule):
-        return [schedule(step) for step in range(STEPS)]
+    timm = require_submodule("timm.optim.rmsprop_tf").RMSpropTF
 
     def row(name, theirs, with_optax, with_dialect):
-        covered = np.linalg.norm(theirs)
-        found = {"framework": name}
-        for key, tx in (("optax", with_optax), ("dialect", with_dialect)):
-            found[key] = float(np.linalg.norm(run_jax(tx, gradients) - theirs) / covered)
-        return found
+        def distance(tx):
+            apart = np.linalg.norm(run_jax(tx, gradients) - theirs)
+            return float(apart / np.linalg.norm(theirs))
+
+        found = {"optax": distance(with_optax), "dialect": distance(with_dialect)}
+        return {"framework": name, **found}
+
+    def torch_run(optimizer):
+        rates = map(fast, range(STEPS))
+        return run_torch(lambda w: optimizer(w, momentum=MOMENTUM), rates, gradients)
 
     slow = optax.cosine_decay_schedule(1e-3, STEPS)
     fast = optax.cosine_decay_schedule(1e-2, STEPS)
     return [
         row(
             "torch.optim.RMSprop",
-            run_torch(lambda w: torch_optim(w, momentum=MOMENTUM), rates(fast), gradients),
+            torch_run(torch.optim.RMSprop),
             optax.rmsprop(fast, decay=0.99, eps=1e-8, momentum=MOMENTUM),
             optax_rms.dialects.torch.rmsprop(fast, momentum=MOMENTUM),
         ),
         row(
             "timm RMSpropTF",
-            run_torch(lambda w: timm(w, momentum=MOMENTUM), rates(fast), gradients),
+            torch_run(timm),
             optax.rmsprop(fast, decay=0.9, eps=1e-10, momentum=MOMENTUM),
             optax_rms.dialects.torch.rmsprop_tf(fast, momentum=MOMENTUM),
         ),
         row(
             "keras.optimizers.RMSprop",
-            run_keras(rates(slow), gradients, momentum=MOMENTUM),
+            run_keras(map(slow, range(STEPS)), gradients, momentum=MOMENTUM),
             optax.rmsprop(slow, decay=0.9, eps=1e-7, momentum=MOMENTUM),
             optax_rms.dialects.keras.rmsprop(slow, momentum=MOMENTUM),
         ),
