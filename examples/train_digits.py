@@ -9,8 +9,8 @@
 The digits are scikit-learn's, of 8x8 pixels, or MNIST from a file in Keras' layout. The
 network has one layer of 128 units; 20 % of the training examples are held out for
 validation. The output folder receives curves.png, results.json and a checkpoint per
-epoch. A run that is killed, at whatever moment, and continued with --resume ends with
-the same bits as one that was not.
+epoch. A run that is killed, at whatever moment, and continued with --resume ends, on a
+CPU, with the same bits as one that was not.
 """
 
 import argparse
