@@ -94,9 +94,10 @@ def rmsprop(
     float32. Of a complex gradient, Keras takes the complex square; here it is
     :math:`|g|^2`.
 
-    A gradient of ``None`` leaves its parameter and its averages of gradients alone,
-    without decay, as in Keras. The constraints of Keras' variables are no part of this:
-    project the parameters after ``optax.apply_updates``.
+    A gradient of ``None`` leaves its parameter and the averages of its gradients alone,
+    without decay, as in Keras; but :math:`a` still follows the parameter, and may
+    overwrite it. The constraints of Keras' variables are no part of this: project the
+    parameters after ``optax.apply_updates``.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, or a schedule from the

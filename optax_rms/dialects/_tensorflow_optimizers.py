@@ -15,6 +15,8 @@ from optax_rms.dialects import _gradient_clipping as clipping
 PyTree = Any
 LearningRate = ArrayLike | Callable[[Any], ArrayLike]
 
+_NAME_HINT = "Names in a checkpoint are arguments of import_state and export_state."
+
 
 def rmsprop(
     learning_rate: LearningRate,
@@ -80,12 +82,10 @@ def rmsprop(
       TensorFlow, tf.compat.v1.train.RMSPropOptimizer,
       https://www.tensorflow.org/api_docs/python/tf/compat/v1/train/RMSPropOptimizer
     """
-    if use_locking is not False:
-        raise ValueError(
-            f"use_locking must be False, got {use_locking!r}. Transformations are pure "
-            "functions: nothing is updated in place, so that there is nothing to lock."
-        )
-    _reject_name(name)
+    _reject(
+        use_locking=(use_locking, False, "Nothing is updated in place."),
+        name=(name, None, _NAME_HINT),
+    )
     return _rmsprop.rmsprop(
         learning_rate,
         decay,
@@ -108,6 +108,9 @@ def legacy_keras_rmsprop(
     clipvalue: ArrayLike | None = None,
     global_clipnorm: ArrayLike | None = None,
     decay: ArrayLike = 0.0,
+    lr: None = None,
+    gradient_aggregator: None = None,
+    gradient_transformers: None = None,
 ) -> optax.GradientTransformation:
     r"""``tf.keras.optimizers.RMSprop`` before TensorFlow 2.11.
 
@@ -152,6 +155,9 @@ def legacy_keras_rmsprop(
       global_clipnorm: greatest Euclidean norm of all gradients together, above 0; not
         together with ``clipnorm``. If it is not finite, all gradients become NaN.
       decay: at least 0; the learning rate is divided by 1 + decay * count.
+      lr: must be ``None``; use ``learning_rate``.
+      gradient_aggregator: must be ``None``; average the gradients instead.
+      gradient_transformers: must be ``None``; use ``optax.chain``.
 
     Returns:
       A gradient transformation with the state of ``optax_rms.rmsprop``.
@@ -179,7 +185,17 @@ def legacy_keras_rmsprop(
       TensorFlow, tf.keras.optimizers.legacy.RMSprop,
       https://www.tensorflow.org/versions/r2.15/api_docs/python/tf/keras/optimizers/legacy/RMSprop
     """
-    _reject_name(name)
+    hint = "Put an Optax transformation before this one, with optax.chain."
+    _reject(
+        name=(name, None, _NAME_HINT),
+        lr=(lr, None, "It was another name of learning_rate."),
+        gradient_aggregator=(
+            gradient_aggregator,
+            None,
+            "Average the gradients, for instance with jax.lax.pmean.",
+        ),
+        gradient_transformers=(gradient_transformers, None, hint),
+    )
     has_momentum = _is_used("momentum", momentum)
     if epsilon is None or not _is_used("epsilon", epsilon):
         epsilon = 1e-7
@@ -207,12 +223,11 @@ def _is_used(name: str, value: ArrayLike) -> bool:
     return not isinstance(number, float) or number != 0
 
 
-def _reject_name(name: None) -> None:
-    if name is not None:
-        raise ValueError(
-            f"name must be None, got {name!r}. It is part of names in a checkpoint; "
-            "give it to import_state and export_state as their `optimizer`."
-        )
+def _reject(**options: tuple[Any, Any, str]) -> None:
+    """Raise a ``ValueError`` for an option that is not at its default."""
+    for name, (value, default, hint) in options.items():
+        if value is not default:
+            raise ValueError(f"{name} must be {default} here, got {value!r}. {hint}")
 
 
 def _inverse_time_decay(learning_rate: LearningRate, decay: ArrayLike):

@@ -58,14 +58,14 @@ def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> import optax_rms
+      >>> from optax_rms import dialects
       >>> params = jnp.array([1.0, 2.0])
       >>> theirs = optax.rmsprop(0.1, centered=True)
-      >>> ours = optax_rms.dialects.optax.rmsprop(0.1, centered=True)
+      >>> ours = dialects.optax.rmsprop(0.1, centered=True)
       >>> _, state = theirs.update(jnp.array([3.0, 4.0]), theirs.init(params))
       >>> print(theirs.update(jnp.array([1.0, 1.0]), state)[0].round(5))
       [-0.11373 -0.08676]
-      >>> state = optax_rms.dialects.optax.import_state(state)
+      >>> state = dialects.optax.import_state(state)
       >>> print(ours.update(jnp.array([1.0, 1.0]), state)[0].round(5))
       [-0.11373 -0.08676]
     """

@@ -71,8 +71,8 @@ class TestOptimizers:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"use_locking": True}, "use_locking must be False, got True"),
-            ({"name": "Opt"}, "name must be None, got 'Opt'.*optimizer"),
+            ({"use_locking": True}, "use_locking must be False here, got True"),
+            ({"name": "Opt"}, "name must be None here, got 'Opt'.*import_state"),
             ({"epsilon": -1.0}, "epsilon must be"),
             ({"epsilon": float("nan")}, "epsilon must be"),
             ({"decay": 1.5}, "decay must be"),
@@ -88,6 +88,9 @@ class TestOptimizers:
         ("arguments", "message"),
         [
             ({"name": "Opt"}, "name must be None"),
+            ({"lr": 0.1}, "lr must be None.*learning_rate"),
+            ({"gradient_aggregator": sum}, "gradient_aggregator must be None"),
+            ({"gradient_transformers": []}, "must be None.*optax.chain"),
             ({"rho": 1.5}, "rho must be"),
             ({"decay": -0.1}, "decay must be"),
             ({"learning_rate": -0.1, "decay": 0.1}, "learning_rate must be"),

@@ -16,9 +16,9 @@ frameworks.require("torch")
 timm = frameworks.require_submodule("timm.optim.rmsprop_tf")
 pytestmark = pytest.mark.parity
 
-# In the tests of decoupled decay the parameters start from 0: timm rounds 1 - lr * decay
-# to float32, which is a share of 1e-4 of a decay of 1e-3. A coupled decay, on which the
-# gradient depends, is compared away from 0, where it does so only slightly.
+# In the tests of decoupled decay the parameters start from 0, as timm rounds
+# 1 - lr * decay to float32, which is a share of 1e-4 of a decay of 1e-3. A coupled
+# decay, on which the gradient depends, is compared away from 0, where that is little.
 HIGHEST_RATE = 2e-3
 CORRECTED = {
     "weight_decay": 5.0,
@@ -103,6 +103,13 @@ def test_every_option(name, steps):
 )
 def test_random_options(options, decay, seed):
     assert compare(options | decay, reference.gradient_stream(60, 1e-8, seed)) <= BOUND
+
+
+def test_caution_enlarges_steps_at_most_a_thousandfold():
+    """Of 4,000 elements, in the second step all but one go against their momentum."""
+    gradients = np.ones((2, 4000), np.float32)
+    gradients[1, 1:] = -1e-3
+    assert compare({"momentum": 0.9, "caution": True}, gradients) <= BOUND
 
 
 @pytest.mark.parametrize("lr_in_momentum", [True, False])
