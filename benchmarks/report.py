@@ -9,6 +9,7 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -
 
 import argparse
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -53,7 +54,8 @@ def version_of(api: str, versions: dict[str, str]) -> str:
 
 
 def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2g} %" if fraction > 1e-4 else f"{100 * fraction:.0e} %"
+    digits = max(0, -math.floor(math.log10(100 * fraction)))
+    return f"{100 * fraction:.{digits}f} %"
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -404,7 +404,7 @@ def moving_averages(kind, decay, formats, steps, size):
     exact = optax.scale_by_rms(decay)
     compressed = [compress_state(exact, nu=format) for format in formats]
     key = jax.random.key(0)
-    scale = jnp.exp(2 * jax.random.normal(key, (size,))) * 1e-2
+    scale = jnp.exp(jax.random.normal(key, (size,)))
     fresh = optax.ScaleByRmsState(scale**2 * (0.01 if kind == "sparse" else 1))
 
     def body(states, t):
@@ -440,7 +440,7 @@ def test_moving_averages_have_no_bias_and_the_noise_of_the_format(kind, decay):
     # Time enough to forget the initial values, and to fall by 2^-20.
     steps = {0.9: 100, 0.99: 600, 0.999: 3000}[decay] * (2 if kind == "falling" else 1)
     # Values that fall far spread far.
-    size = 2**17 if kind == "falling" else 2**14
+    size = 2**16 if kind == "falling" else 2**14
     stored, exact, unit = moving_averages(kind, decay, formats, steps, size)
     for format, values, noise in zip(formats, stored, NOISE[kind, decay], strict=True):
         bias = np.mean(values / unit) / np.mean(exact / unit) - 1
@@ -448,14 +448,14 @@ def test_moving_averages_have_no_bias_and_the_noise_of_the_format(kind, decay):
         assert 3 * error < 0.02, "too few elements to tell"
         assert abs(bias) < 0.02, format
         spread = np.std(0.5 * np.log(values / exact))
-        assert abs(spread / noise - 1) < 0.15, format
+        assert abs(spread / noise - 1) < 0.1, format
 
 
 def test_rounding_to_nearest_would_not_do():
     """The same measurement finds the bias of a moving average that cannot move."""
     nearest = [_NearestFormat(**dataclasses.asdict(UE6M2))]
-    (values,), exact, unit = moving_averages("gaussian", 0.999, nearest, 3000, 2**12)
-    assert abs(np.mean(values / unit) / np.mean(exact / unit) - 1) > 0.1
+    (values,), exact, unit = moving_averages("falling", 0.99, nearest, 600, 2**12)
+    assert abs(np.mean(values / unit) / np.mean(exact / unit) - 1) > 1
 
 
 class _NearestFormat(Minifloat):

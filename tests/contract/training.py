@@ -13,7 +13,7 @@ STEPS = 4
 
 
 def _tree(rng):
-    # Two elements for each of eight devices: XLA on the CPU rounds a lone one otherwise.
+    # Two elements for each of eight devices: XLA's CPU code rounds a lone one otherwise.
     return {
         "kernel": rng.uniform(1, 2, (8, 2)).astype(np.float32),
         "bias": rng.uniform(1, 2, 16).astype(np.float32),
