@@ -89,7 +89,7 @@ def test_each_shape_is_traced_once(options):
 
 @every_variant
 def test_tracing_and_lowering_take_half_the_time(options):
-    """Processor time of this thread; the best of alternating rounds is the steadiest."""
+    """Processor time of this thread, the best of alternating rounds."""
 
     def seconds(library):
         jax.clear_caches()

@@ -120,7 +120,7 @@ def import_state(
         if any(slot in column for column in columns):
             arrays = [c.get(slot, np.zeros_like(c["square_avg"])) for c in columns]
             moved = converter(slot, _named(saved, arrays))
-            # They may share the memory of tensors, which PyTorch changes in place.
+            # Copied, as convert may use the memory again for the next slot.
             trees[slot] = jax.tree.map(jnp.array, moved)
     like_params = trees["square_avg"]
     count = jnp.asarray(max(p.step for p in parameters), jnp.int32)

@@ -13,7 +13,7 @@ STEPS = 4
 
 
 def _tree(rng):
-    # Two elements for each of eight devices: XLA's CPU code rounds a lone one otherwise.
+    # Two elements for each of eight devices: XLA's CPU code rounds one alone otherwise.
     return {
         "kernel": rng.uniform(1, 2, (8, 2)).astype(np.float32),
         "bias": rng.uniform(1, 2, 16).astype(np.float32),
@@ -34,8 +34,13 @@ def step(tx, params, state, gradients):
 
 
 def loop(tx, params=PARAMS, gradients=GRADIENTS, state=None, *, jit=False):
-    """The parameters and the state after every step of a plain loop."""
-    run = functools.partial(step, tx)
+    """The parameters and the state after every step; with `jit`, compiled once."""
+    calls = []
+
+    def run(params, state, g):
+        calls.append(g)
+        return step(tx, params, state, g)
+
     if jit:
         run = jax.jit(run)
     state = tx.init(params) if state is None else state
@@ -43,6 +48,7 @@ def loop(tx, params=PARAMS, gradients=GRADIENTS, state=None, *, jit=False):
     for g in gradients:
         params, state = run(params, state, g)
         history.append((params, state))
+    assert len(calls) == (1 if jit else len(gradients))
     return history
 
 
@@ -50,6 +56,12 @@ def loop(tx, params=PARAMS, gradients=GRADIENTS, state=None, *, jit=False):
 def plain(row):
     """The plain loop of a row at its own numbers."""
     return loop(row())
+
+
+@functools.cache
+def jitted(row):
+    """The same, compiled."""
+    return loop(row(), jit=True)
 
 
 def at(history, t):

@@ -37,9 +37,6 @@ pytestmark = [
     pytest.mark.parity,
     # Raised within Keras by its variables' method numpy().
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.skipif(
-        keras.backend.backend() != "jax", reason="KERAS_BACKEND is not jax"
-    ),
 ]
 
 # The issue's: 2e-5 of the length of the path.
