@@ -78,6 +78,7 @@ class Minifloat:
       decay: factor per step by which the levels sink, in (0, 1]; 1 for fixed levels.
 
     Raises:
+      TypeError: an exponent or a number of bits is not an int.
       ValueError: an argument is out of its range.
 
     Example:
@@ -101,6 +102,12 @@ class Minifloat:
     decay: float = 1.0
 
     def __post_init__(self):
+        numbers = self.exponent_bits, self.mantissa_bits, self.lowest_exponent
+        if not all(isinstance(number, int) for number in numbers):
+            raise TypeError(
+                "exponent_bits, mantissa_bits and lowest_exponent must be of type int, "
+                f"got {numbers}."
+            )
         bits = self._magnitude_bits + self.signed
         if not (1 <= self.exponent_bits <= 8 and self.mantissa_bits >= 0) or (
             bits not in (8, 16)

@@ -34,8 +34,9 @@ def split(rows):
 
 def join(tree):
     """The inverse of `split`."""
-    kernel, bias = np.asarray(tree["kernel"]), np.asarray(tree["bias"])
-    return np.concatenate([kernel.reshape(*bias.shape[:-1], -1), bias], axis=-1)
+    kernel, bias = tree["kernel"], tree["bias"]
+    numpy = jnp if isinstance(bias, jax.Array) else np
+    return numpy.concatenate([kernel.reshape(*bias.shape[:-1], -1), bias], axis=-1)
 
 
 def learning_rate(case):

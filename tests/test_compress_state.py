@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from trajectory import x64
 
 from optax_rms import rmsprop
 from optax_rms._compress_state import (
@@ -376,7 +377,7 @@ def test_dtypes_are_those_of_the_inner_transformation():
         "complex": "complex64",
         "empty": "uint8",
     }
-    with jax.enable_x64(True):
+    with x64():
         p = {"double": jnp.ones(3, jnp.float64), "single": jnp.ones(3, jnp.float32)}
         state = tx.init(p)
         _, state = compress_state(optax.adam(0.1), nu=UE6M2).update(p, state, p)
@@ -483,12 +484,12 @@ def mean_loss(tx, scale):
         updates, state = tx.update(g, state, p)
         return (optax.apply_updates(p, updates), state), value / scale
 
-    (_, state), losses = jax.lax.scan(body, (p, tx.init(p)), None, length=300)
+    (_, state), losses = jax.lax.scan(body, (p, tx.init(p)), None, length=200)
     return losses.mean(), state
 
 
 def test_every_loss_scale_trains_alike_in_a_window_from_eps():
-    scales = 2.0 ** jnp.arange(-16.0, 17.0, 4.0)
+    scales = 2.0 ** jnp.arange(-16.0, 17.0, 8.0)
     inner = optax.rmsprop(3e-3, decay=0.9, eps=1e-8)
     exact, _ = jax.vmap(lambda scale: mean_loss(inner, scale))(scales)
 

@@ -309,6 +309,12 @@ def test_formats_that_do_not_exist_are_errors(arguments, message):
         Minifloat(*arguments)
 
 
+@pytest.mark.parametrize("arguments", [(6.0, 2, -46), (6, "2", -46), (6, 2, -46.5)])
+def test_bits_and_exponents_must_be_of_type_int(arguments):
+    with pytest.raises(TypeError, match="must be of type int, got"):
+        Minifloat(*arguments)
+
+
 @pytest.mark.parametrize("name", ["UE6M2", "E6M2@-46", "UE6M2@-46*", "UE6M3@-46"])
 def test_names_of_no_format_are_errors(name):
     with pytest.raises(ValueError, match=r"UE6M2@-46|fill 8"):

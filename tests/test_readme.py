@@ -20,7 +20,7 @@ def code_blocks():
             yield pytest.param(match[1], id=f"{page.name}:{line}")
 
 
-@pytest.mark.parametrize("code", code_blocks())
+@pytest.mark.parametrize("code", list(code_blocks()))
 def test_code_runs(code):
     exec(compile(code, "<page>", "exec"), {})
 

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that Keras saves, whole and damaged."""
+
+import io
+import json
+import re
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from frameworks import require
+from keras_runs import keras
+
+from optax_rms.dialects import _handover as handover
+from optax_rms.dialects import keras as dialect
+
+h5py = require("h5py")
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with numbers in its optimizer, and the folder that it is saved in."""
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
+    rate = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.5)
+    options = {"momentum": 0.9, "centered": True, "use_ema": True}
+    model.compile(
+        keras.optimizers.RMSprop(rate, gradient_accumulation_steps=2, **options)
+    )
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for v in model.optimizer.variables:
+        # No variance is negative.
+        low = 1.0 if v.name.endswith("_velocity") else 0.5
+        v.assign(5 if v.name == "iteration" else rng.uniform(low, 2 * low, v.shape))
+    folder = tmp_path_factory.mktemp("keras")
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    return model, folder
+
+
+def names_of(model):
+    return [v.path for v in model.trainable_variables]
+
+
+def flat(arrays):
+    """A conversion that keeps everything."""
+    return {name.replace("/", "_"): jnp.asarray(x) for name, x in arrays.items()}
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_every_source_holds_the_same(saved):
+    model, folder = saved
+    optimizer, names = model.optimizer, names_of(model)
+    config = optimizer.get_config()
+    tx, expected = dialect.import_state(optimizer, flat)
+    assert expected.count == 5
+    exported = dialect.export_state(expected, dict, like=optimizer)
+    sources = [
+        (optimizer, names, None),
+        (folder / "model.keras", names, None),
+        (str(folder / "model.keras"), names, config),
+        (folder / "model.weights.h5", names, config),
+        (folder / "model.weights.h5", names, keras.optimizers.serialize(optimizer)),
+        (optimizer.variables, None, config),
+        ([v.value for v in optimizer.variables], names, config),
+        (exported, names, config),
+    ]
+    gradients = jax.tree.map(jnp.ones_like, expected.average)
+    updates, _ = tx.update(gradients, expected, gradients)
+    for i, (source, own_names, own_config) in enumerate(sources):
+        tx, state = dialect.import_state(source, flat, own_names, config=own_config)
+        assert_same(state, expected)
+        if i == 1:
+            assert_same(tx.update(gradients, state, gradients)[0], updates)
+        back = dialect.export_state(
+            state, back_to(own_names), own_names, like=source, config=own_config
+        )
+        assert_same(back, exported)
+    # All but the velocity, where rounding may be one of several that come back.
+    for i, v in enumerate(optimizer.variables):
+        if not v.name.endswith("_velocity"):
+            np.testing.assert_array_equal(exported[str(i)], v.value)
+        np.testing.assert_allclose(exported[str(i)], v.value, rtol=1e-6)
+
+
+def back_to(names):
+    """The inverse of `flat`."""
+    slashed = {name.replace("/", "_"): name for name in names or ()}
+    return lambda params: {slashed.get(name, name): x for name, x in params.items()}
+
+
+def test_optimizer_given_by_name(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("rmsprop")
+    model.optimizer.learning_rate = 0.25
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    tx, state = dialect.import_state(tmp_path / "model.keras", flat, names_of(model))
+    assert state.count == 0
+    params = handover.fields(state.inner_state)["nu"]
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -0.25 / np.sqrt(0.1 + 1e-7), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_comes_back(tmp_path, dtype):
+    layer = keras.layers.Dense(2, dtype=dtype)
+    model = keras.Sequential([keras.Input((3,), dtype=dtype), layer])
+    model.compile(keras.optimizers.RMSprop(momentum=0.9, centered=True))
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for v in model.optimizer.variables[2:]:
+        v.assign(rng.uniform(0.5, 1, v.shape))
+    model.save(tmp_path / "model.keras")
+    names = names_of(model)
+    for source in (model.optimizer, tmp_path / "model.keras"):
+        _, state = dialect.import_state(source, flat, names)
+        assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
+        exported = dialect.export_state(state, back_to(names), names, like=source)
+        again = dialect.import_state(
+            exported, flat, names, config=model.optimizer.get_config()
+        )
+        assert_same(again[1], state)
+        for array, v in zip(exported.values(), model.optimizer.variables, strict=True):
+            assert array.dtype.name == v.dtype
+
+
+def rewritten(path, change):
+    """A copy of a .keras file, after ``change`` to its configuration and variables."""
+    copy = path.with_name("damaged.keras")
+    with zipfile.ZipFile(path) as archive:
+        model = json.loads(archive.read("config.json"))
+        weights = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(weights, "a") as file:
+        change(model["compile_config"]["optimizer"], file["optimizer/vars"])
+    with zipfile.ZipFile(copy, "w") as archive:
+        archive.writestr("config.json", json.dumps(model))
+        archive.writestr("model.weights.h5", weights.getvalue())
+    return copy
+
+
+def put(key, value):
+    """Replace a variable."""
+
+    def change(optimizer, variables):
+        del variables[key], optimizer
+        variables[key] = value
+
+    return change
+
+
+def put_config(**entries):
+    return lambda optimizer, variables: optimizer["config"].update(entries)
+
+
+def put_rate(**entries):
+    def change(optimizer, variables):
+        optimizer["config"]["learning_rate"].update(entries)
+
+    return change
+
+
+def renumber(optimizer, variables):
+    variables["99"] = variables["3"][()]
+    del variables["3"]
+
+
+def remove(*keys):
+    def change(optimizer, variables):
+        for key in keys:
+            del variables[key]
+
+    return change
+
+
+# The variables: 0 iteration, 1-4 average, 5-8 gradient_accumulator, 9-12 velocity,
+# 13-16 momentum, 17-20 average_gradient; of each four, the first is a kernel (3, 2).
+DAMAGE = {
+    "negative_iteration": (put("0", np.int32(-1)), "iteration must be a finite"),
+    "fractional_iteration": (put("0", 2.5), "iteration must be a whole number"),
+    "nan": (
+        put("9", np.full((3, 2), np.nan, "f")),
+        "dense/kernel_velocity must be fin",
+    ),
+    "negative_velocity": (put("9", -np.ones((3, 2), "f")), "must not be negative"),
+    "shape": (put("13", np.ones((2, 3), "f")), "dense/kernel_momentum must be float32"),
+    "integers": (put("17", np.ones((3, 2), int)), "average_gradient must be floating"),
+    "complex": (put("9", np.ones((3, 2), "D")), "kernel_velocity must be float32"),
+    "float64": (put("9", np.ones((3, 2), "d")), "velocity must be float32[3, 2], got "),
+    "text": (put("9", "no array"), "kernel_velocity must be an array"),
+    "swapped": (
+        lambda o, variables: (
+            variables.move("9", "x")
+            or variables.move("10", "9")
+            or variables.move("x", "10")
+        ),
+        "dense/bias_velocity must be float32[2], got float32[3, 2]",
+    ),
+    "missing": (remove("20"), "there are 20 variables, but 21 belong"),
+    "left_over": (
+        lambda o, v: v.create_dataset("21", data=1.0),
+        "there are 22 variables",
+    ),
+    "renumbered": (renumber, "must be numbered from 0"),
+    "empty": (lambda o, variables: variables.clear(), "holds no optimizer"),
+    "other_class": (lambda o, v: o.update(class_name="Adam"), "RMSprop, got Adam"),
+    "other_name": (lambda o, v: o.update(config="adam"), "config must be what"),
+    "unknown_key": (put_config(nesterov=True), "unknown keys ['nesterov']"),
+    "missing_key": (lambda o, v: o["config"].pop("rho"), "lacks ['rho']"),
+    "nan_rho": (put_config(rho=float("nan")), "rho must be a finite number"),
+    "negative_epsilon": (put_config(epsilon=-1e-7), "epsilon must be a finite number"),
+    "momentum_as_text": (put_config(momentum="0.9"), "momentum must be a number"),
+    "centered_as_number": (put_config(centered=1), "centered must be True or False"),
+    "two_clippings": (put_config(clipnorm=1.0, clipvalue=1.0), "only one kind of clip"),
+    "scaled_loss": (
+        put_config(loss_scale_factor=2.0),
+        "loss_scale_factor must be None",
+    ),
+    "negative_decay": (put_config(weight_decay=-1.0), "weight_decay must be a finite"),
+    "ema_momentum": (put_config(ema_momentum=1.5), "ema_momentum must be a finite"),
+    "accumulation": (put_config(gradient_accumulation_steps=1), "must be None or at l"),
+    "rate_is_constant": (
+        put_config(learning_rate=0.1),
+        "22 belong to the configuration",
+    ),
+    "own_schedule": (put_rate(module="mine"), "learning_rate must be a number or one"),
+    "schedule_name": (
+        put_rate(class_name="Decay"),
+        "learning_rate must be a number or",
+    ),
+    "schedule_nan": (
+        put_rate(config={"decay_rate": np.nan}),
+        "ExponentialDecay: decay_r",
+    ),
+    "schedule_lacks": (put_rate(config={}), "ExponentialDecay: "),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files(saved, change, message):
+    model, folder = saved
+    path = rewritten(folder / "model.keras", change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dialect.import_state(path, flat, names_of(model))
+
+
+def cut(path, share):
+    copy = path.with_name(f"cut-{path.name}")
+    copy.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    return copy
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_truncated_files(saved, name, share):
+    model, folder = saved
+    path = cut(folder / name, share)
+    with pytest.raises(
+        ValueError, match=f"{path.name} is damaged, or no file of Keras"
+    ):
+        dialect.import_state(path, flat, names_of(model), config={})
+
+
+def test_every_problem_is_named(saved):
+    """What is wrong with the arrays is reported at once, and nothing is half loaded."""
+    model, folder = saved
+
+    def change(optimizer, variables):
+        put("0", np.int32(-1))(optimizer, variables)
+        put("9", np.full((3, 2), np.inf, "f"))(optimizer, variables)
+        put("14", np.ones(3, "f"))(optimizer, variables)
+
+    path = rewritten(folder / "model.keras", change)
+    with pytest.raises(ValueError, match="iteration") as raised:
+        dialect.import_state(path, flat, names_of(model))
+    assert str(raised.value).count("\n- ") == 3
+
+
+def test_other_objects_of_keras(saved):
+    model, _ = saved
+    adam = keras.optimizers.Adam()
+    with pytest.raises(ValueError, match="must be an RMSprop, got Adam"):
+        dialect.import_state(adam, flat)
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop())
+    with pytest.raises(ValueError, match="inner_optimizer"):
+        dialect.import_state(scaled, flat)
+    with pytest.raises(ValueError, match=r"model\.optimizer"):
+        dialect.import_state(model, flat)
+    with pytest.raises(ValueError, match="Is the optimizer built"):
+        dialect.import_state(keras.optimizers.RMSprop(), flat, names_of(model))
+    with pytest.raises(FileNotFoundError):
+        dialect.import_state("no such file.keras", flat, names_of(model))
