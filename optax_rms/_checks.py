@@ -94,7 +94,7 @@ def check_inexact_leaves(what: str, tree: Any) -> None:
     if all(map(_is_inexact, jax.tree.leaves(tree))):
         return
     bad = [
-        f"{_path_name(path)} ({jnp.result_type(leaf)})"
+        f"{_path_name(path)} ({_dtype_name(leaf)})"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if not _is_inexact(leaf)
     ]
@@ -147,20 +147,25 @@ def check_state_classes(states: Any, expected: list[type]) -> None:
 
     One that only looks alike would be updated in part, or not at all.
     """
-    classes = list(map(type, states)) if isinstance(states, tuple | list) else None
-    if classes != expected:
-        got = type(states) if classes is None else classes
+    is_chain = isinstance(states, tuple | list) and not hasattr(states, "_fields")
+    got = list(map(type, states)) if is_chain else type(states)
+    if got != expected:
         raise TypeError(
-            f"update needs the state of {_names(expected)} that init returns, got "
+            f"update needs the state that init returns, {_names(expected)}, got "
             f"{_names(got)}. The state of another transformation, or of this one with "
-            "other options, has to be converted first."
+            "other options, has to be converted first; see optax_rms.dialects."
         )
 
 
 def _is_inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(
-        leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.inexact
-    )
+    return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
+
+
+def _dtype_name(leaf: Any) -> str:
+    try:
+        return str(jnp.result_type(leaf))
+    except TypeError:
+        return type(leaf).__name__
 
 
 def _path_name(path: Any) -> str:

@@ -10,5 +10,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
+import pytest
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Doctests, which are not below this folder, run as users do, without it.
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -303,9 +303,7 @@ def _check_some_gradient(gradients: PyTree) -> None:
 def _check_shapes(gradients: PyTree, accumulated: PyTree) -> None:
     """Without it, a gradient of another shape would be broadcast in the sum."""
     leaves, treedef = jax.tree.flatten(gradients, is_leaf=lambda g: g is None)
-    checks.check_state_shapes(
-        gradients, leaves, [[treedef.flatten_up_to(accumulated)]]
-    )
+    checks.check_state_shapes(gradients, leaves, [[treedef.flatten_up_to(accumulated)]])
 
 
 def _clipping(clipnorm, clipvalue, global_clipnorm) -> Callable[[PyTree], PyTree]:

@@ -20,8 +20,11 @@ from optax_rms.dialects import _keras_schedules as schedules
 
 Names = Sequence[str] | Mapping[str, Any]
 
-_ARGUMENTS = set(inspect.signature(optimizer.rmsprop).parameters)
-_CONFIG_KEYS = _ARGUMENTS - {"exclude_from_weight_decay"}
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(optimizer.rmsprop).parameters.items()
+    if name != "exclude_from_weight_decay"
+}
 
 # The first versions of Keras 3 did not have the last two.
 _OPTIONAL_KEYS = {"name", "loss_scale_factor", "gradient_accumulation_steps"}
@@ -134,16 +137,16 @@ def _config_of(source: Any) -> dict[str, Any]:
         return source.get_config()
     except NotImplementedError:
         # A schedule of the user's own need not have a configuration.
-        return {key: getattr(source, key, None) for key in _CONFIG_KEYS} | {
-            "learning_rate": None
-        }
+        config = {key: getattr(source, key, None) for key in _DEFAULTS}
+        return config | {"learning_rate": None}
 
 
 def _value(variable: Any) -> Any:
     """The array in a variable of Keras, on any backend; anything else, as it is."""
-    if not hasattr(variable, "path"):
+    if not (hasattr(variable, "path") or hasattr(variable, "detach")):
         return variable
-    return handover.to_numpy(variable.value).astype(jnp.dtype(variable.dtype))
+    dtype = jnp.dtype(str(variable.dtype).removeprefix("torch."))
+    return handover.to_numpy(getattr(variable, "value", variable)).astype(dtype)
 
 
 def _excluded(source: Any) -> list[bool]:
@@ -211,17 +214,16 @@ def _read_config(
             )
         config = config.get("config")
     if isinstance(config, str) and config.lower() == "rmsprop":
-        defaults = inspect.signature(optimizer.rmsprop).parameters
-        config = {key: defaults[key].default for key in _CONFIG_KEYS}
+        config = _DEFAULTS
     if not isinstance(config, Mapping):
         problems.add(
             f"config must be what optimizer.get_config() returned, got {config!r}"
         )
         config = {}
     problems.raise_any()
-    if unknown := config.keys() - _CONFIG_KEYS:
+    if unknown := config.keys() - _DEFAULTS.keys():
         problems.add(f"the configuration has unknown keys {sorted(unknown)}")
-    if missing := _CONFIG_KEYS - _OPTIONAL_KEYS - config.keys():
+    if missing := _DEFAULTS.keys() - _OPTIONAL_KEYS - config.keys():
         problems.add(f"the configuration lacks {sorted(missing)}")
     problems.raise_any()
 
@@ -233,7 +235,7 @@ def _read_config(
     if isinstance(rate, numbers.Real):
         scalars.append("learning_rate")
     elif learning_rate is None:
-        settings["learning_rate"] = problems.attempt(schedules.from_config, rate)
+        learning_rate = problems.attempt(schedules.from_config, rate)
     if learning_rate is not None:
         settings["learning_rate"] = learning_rate
     for key, value in settings.items():

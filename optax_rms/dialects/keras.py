@@ -215,10 +215,9 @@ def export_state(
         for slot, templates in saved.slots.items()
     }
     problems.raise_any()
-    scalars = {**saved.scalars, "iteration": state.count}
-    flat = [
-        np.asarray(scalars[name], like.dtype) for name, like in saved.scalars.items()
-    ]
+    scalars = {name: np.asarray(value) for name, value in saved.scalars.items()}
+    scalars["iteration"] = np.asarray(state.count, scalars["iteration"].dtype)
+    flat = [*scalars.values()]
     flat += [array for column in arrays.values() for array in column.values()]
     return {str(i): array for i, array in enumerate(flat)}
 
@@ -256,7 +255,7 @@ def _mask(converter: handover.Converter, slots: Any, excluded: set[str]) -> PyTr
 
 def _fit(slot: str, name: str, slots: Any, template: Any) -> np.ndarray:
     """A slot of a parameter as Keras has it."""
-    array = slots[slot][name]
+    array, template = slots[slot][name], np.asarray(template)
     if array.shape != template.shape:
         raise ValueError(
             f"{name}_{slot} must have shape {template.shape} as in like, but "

@@ -68,23 +68,21 @@ def test_a_run_handed_over_and_back(centered, bias_correction, momentum):
         "momentum": momentum,
         "nesterov": momentum is not None,
     }
-    theirs = optax.rmsprop(rates, **arguments)
-    ours = optax_rms.rmsprop(rates, **arguments)
+    start = optax.rmsprop(rates, **arguments).init(gradients[0])
+    theirs = jax.jit(optax.rmsprop(rates, **arguments).update)
+    ours = jax.jit(optax_rms.rmsprop(rates, **arguments).update)
 
-    def run(state, *parts):
-        updates = []
-        for tx, convert, steps in parts:
+    def run(*parts):
+        state, updates = start, []
+        for update, convert, steps in parts:
             state = convert(state)
-            update = jax.jit(tx.update)
             for g in gradients[steps]:
                 u, state = update(g, state)
                 updates.append(np.asarray(u, np.float64))
         return np.cumsum(updates, axis=0)
 
-    start = theirs.init(gradients[0])
-    expected = run(start, (theirs, lambda s: s, slice(75)))
+    expected = run((theirs, lambda s: s, slice(75)))
     mixed = run(
-        start,
         (theirs, lambda s: s, slice(25)),
         (ours, lambda s: dialect.import_state(s, DECAY), slice(25, 50)),
         (theirs, lambda s: dialect.export_state(s, DECAY), slice(50, 75)),
