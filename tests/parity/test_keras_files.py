@@ -18,7 +18,11 @@ from optax_rms.dialects import keras as dialect
 
 h5py = require("h5py")
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.parity,
+    # Of Keras' own variables, under NumPy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
