@@ -127,6 +127,21 @@ def test_formula_for_all_hyperparameters(variant, decay, eps, initial_scale, see
     assert relative_error(u, expected) < loss * rounding_bound(np.float64, STEPS)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 1 - 1e-5, 1 - 2**-22])
+@pytest.mark.parametrize("traced", BOTH)
+def test_first_bias_corrected_update_is_the_sign(decay, traced):
+    """However near to 1 the decay is: the weight of one gradient cancels exactly."""
+    g = jnp.array([-3.0, 1e-6])
+
+    def first(decay):
+        tx = scale_by_rms(decay, 0.0, bias_correction=True)
+        update, _ = tx.update(g, tx.init(g))
+        return update
+
+    update = jax.jit(first)(decay) if traced else first(decay)
+    np.testing.assert_allclose(update, [-1.0, 1.0], rtol=rounding_bound(np.float32, 1))
+
+
 def test_decay_of_one_never_forgets_the_initial_scale():
     tx = scale_by_rms(decay=1.0, eps=0.0, initial_scale=4.0)
     np.testing.assert_array_equal(updates_of(tx, jnp.array([3.0, 8.0])), [1.5, 4.0])
@@ -166,7 +181,7 @@ def test_deviation_of_noise_on_a_large_offset(decay, bias_correction):
     g = (offset + spread * noise).astype(np.float32)
     tx = scale_by_rms(decay, centered=True, bias_correction=bias_correction)
     state, steps_to_look_at = tx.init(g[0]), {1, 2, 3, 30, len(g)}
-    bound = 8 * EPS32 * np.abs(g).max(axis=0) / np.sqrt(max(min(decay, 1), EPS32))
+    bound = 8 * EPS32 * np.abs(g).max(axis=0) / np.sqrt(max(decay, EPS32))
     for t in range(1, len(g) + 1):
         update, state = tx.update(g[t - 1], state)
         assert np.isfinite(update).all()
