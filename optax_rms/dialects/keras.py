@@ -183,8 +183,9 @@ def export_state(
         arrays with which ``convert_back`` does something else than allowed.
       TypeError: the state is that of another transformation.
     """
-    saved = variables.read(like, names, config)
     checks.check_state_class("keras.export_state", state, RMSpropState)
+    # A schedule is no part of what is written, so that any will do.
+    saved = variables.read(like, names, config, learning_rate=0.0)
     fields = handover.fields(state.inner_state)
     trees = {
         "average": state.average,

@@ -17,10 +17,11 @@ class Row:
     """A transformation, and what of the contract it is known not to keep.
 
     Attributes:
-      build: makes the transformation from all of the following.
-      numbers: arguments that may be traced. One of them changes the trajectory.
+      build: makes the transformation from the following, as named arguments.
+      numbers: arguments that may be traced; the first changes the trajectory.
       options: arguments that are fixed when the transformation is built.
       exceptions: for the name of a check without ``test_``, why it cannot pass.
+      eps: the name of the argument that keeps the denominator from 0.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Row:
     numbers: Mapping[str, float]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    eps: str = "eps"
 
     def __call__(self, **changes) -> optax.GradientTransformation:
         return self.build(**{**self.numbers, **self.options, **changes})

@@ -323,6 +323,27 @@ def test_names_of_the_optimizer():
     assert set(map(tuple, seen)) == {("net_kernel", "net_bias")}
 
 
+class OwnSchedule(RMSprop):
+    """Looks like an optimizer with a schedule that has no configuration."""
+
+    def __init__(self):
+        super().__init__(learning_rate=None)
+        vars(self).update(CONFIG)
+
+    def get_config(self):
+        raise NotImplementedError("override get_config")
+
+
+def test_own_schedule():
+    optimizer = OwnSchedule()
+    with pytest.raises(ValueError, match="Pass learning_rate yourself"):
+        keras.import_state(optimizer, convert, NAMES)
+    _, state = keras.import_state(optimizer, convert, NAMES, learning_rate=0.1)
+    exported = keras.export_state(state, convert_back, NAMES, like=optimizer)
+    for i, v in enumerate(optimizer.variables):
+        np.testing.assert_array_equal(exported[str(i)], v.value)
+
+
 def test_another_learning_rate():
     """A schedule continues with the count of Keras."""
     rates = jnp.array([0.0] * 7 + [2.0])
