@@ -102,9 +102,9 @@ def rmsprop(
 
     .. math::
       -\text{learning_rate}_t \, u_t
-        \quad &\text{without momentum} \
+        \quad &\text{without momentum} \\
       b_t = \text{momentum} \, b_{t-1} - \text{learning_rate}_t \, u_t
-        \quad &\text{with lr_in_momentum (TensorFlow, Keras, Optax)} \
+        \quad &\text{with lr_in_momentum (TensorFlow, Keras, Optax)} \\
       -\text{learning_rate}_t \, b_t, \quad b_t = \text{momentum} \, b_{t-1} + u_t
         \quad &\text{without lr_in_momentum (PyTorch)}
 

@@ -195,14 +195,14 @@ def scale_by_rms(
     With gradient :math:`g_t` and :math:`\nu_0 =` ``initial_scale``,
 
     .. math::
-      \nu_t &= \text{decay} \, \nu_{t-1} + (1 - \text{decay}) \, |g_t|^2 \
+      \nu_t &= \text{decay} \, \nu_{t-1} + (1 - \text{decay}) \, |g_t|^2 \\
       u_t &= g_t / \sqrt{\nu_t + \text{eps}}
         \quad\text{or, if not eps_in_sqrt,}\quad g_t / (\sqrt{\nu_t} + \text{eps})
 
     With ``centered``, the variance :math:`s_t` takes the place of :math:`\nu_t`:
 
     .. math::
-      d_t &= g_t - \mu_{t-1}, \qquad \mu_t = \mu_{t-1} + (1 - \text{decay}) \, d_t \
+      d_t &= g_t - \mu_{t-1}, \qquad \mu_t = \mu_{t-1} + (1 - \text{decay}) \, d_t \\
       s_t &= \text{decay} \, (s_{t-1} + (1 - \text{decay}) \, |d_t|^2)
 
     which equals :math:`\nu_t - |\mu_t|^2` but is a sum of squares, so that rounding
