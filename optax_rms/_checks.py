@@ -67,6 +67,16 @@ def check_flag(name: str, value: object) -> bool:
     )
 
 
+def reject_options(**options: tuple[Any, Any, str]) -> None:
+    """Raise a ``ValueError`` for an option that is not at its default.
+
+    Each is a tuple of the value, the default, and what to do instead.
+    """
+    for name, (value, default, hint) in options.items():
+        if value is not default:
+            raise ValueError(f"{name} must be {default} here, got {value!r}. {hint}")
+
+
 def check_accumulator_dtype(name: str, value: DTypeLike | None) -> np.dtype | None:
     """Return ``value`` as a real floating dtype that this process can hold."""
     if value is None:

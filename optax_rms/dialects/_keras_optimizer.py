@@ -166,9 +166,13 @@ def rmsprop(
     References:
       Keras 3, RMSprop, https://keras.io/api/optimizers/rmsprop/
     """
-    _reject(
-        loss_scale_factor=(loss_scale_factor, "Divide the gradients by it instead."),
-        name=(name, "optax.named_chain gives names to states."),
+    checks.reject_options(
+        loss_scale_factor=(
+            loss_scale_factor,
+            None,
+            "Divide the gradients by it instead.",
+        ),
+        name=(name, None, "optax.named_chain gives names to states."),
     )
     learning_rate = _check_learning_rate(learning_rate)
     momentum = checks.check_number("momentum", momentum, 0, 1)
@@ -255,12 +259,6 @@ def rmsprop(
         return updates, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
-
-
-def _reject(**options: tuple[Any, str]) -> None:
-    for name, (value, hint) in options.items():
-        if value is not None:
-            raise ValueError(f"{name} must be None here, got {value!r}. {hint}")
 
 
 def _check_learning_rate(learning_rate):

@@ -82,7 +82,7 @@ def rmsprop(
       TensorFlow, tf.compat.v1.train.RMSPropOptimizer,
       https://www.tensorflow.org/api_docs/python/tf/compat/v1/train/RMSPropOptimizer
     """
-    _reject(
+    checks.reject_options(
         use_locking=(use_locking, False, "Nothing is updated in place."),
         name=(name, None, _NAME_HINT),
     )
@@ -186,7 +186,7 @@ def legacy_keras_rmsprop(
       https://www.tensorflow.org/versions/r2.15/api_docs/python/tf/keras/optimizers/legacy/RMSprop
     """
     hint = "Put an Optax transformation before this one, with optax.chain."
-    _reject(
+    checks.reject_options(
         name=(name, None, _NAME_HINT),
         lr=(lr, None, "It was another name of learning_rate."),
         gradient_aggregator=(
@@ -221,13 +221,6 @@ def _is_used(name: str, value: ArrayLike) -> bool:
     """Whether a number is not known to be 0; what an array is, is not known."""
     number = checks.check_number(name, value)
     return not isinstance(number, float) or number != 0
-
-
-def _reject(**options: tuple[Any, Any, str]) -> None:
-    """Raise a ``ValueError`` for an option that is not at its default."""
-    for name, (value, default, hint) in options.items():
-        if value is not default:
-            raise ValueError(f"{name} must be {default} here, got {value!r}. {hint}")
 
 
 def _inverse_time_decay(learning_rate: LearningRate, decay: ArrayLike):

@@ -131,7 +131,7 @@ def rmsprop(
       PyTorch, RMSprop,
       https://docs.pytorch.org/docs/stable/generated/torch.optim.RMSprop.html
     """
-    _reject(
+    checks.reject_options(
         capturable=(capturable, False, "Use jax.jit, which captures the whole step."),
         foreach=(foreach, None, "Use jax.jit, which compiles all parameters into one."),
         differentiable=(differentiable, False, "Every step here is differentiable."),
@@ -240,7 +240,7 @@ def rmsprop_tf(
       Defazio, 2025, Why Gradients Rapidly Increase Near the End of Training
       (``corrected_weight_decay``), https://arxiv.org/abs/2506.02285
     """
-    _reject(
+    checks.reject_options(
         foreach=(foreach, None, "Use jax.jit, which compiles all parameters into one.")
     )
     max_lr: Any = None
@@ -266,13 +266,6 @@ def rmsprop_tf(
         initial_scale=1.0,
         lr_in_momentum=lr_in_momentum,
     )
-
-
-def _reject(**options: tuple[Any, Any, str]) -> None:
-    """Raise a ``ValueError`` for an option that is not at its default."""
-    for name, (value, default, hint) in options.items():
-        if value is not default:
-            raise ValueError(f"{name} must be {default} here, got {value!r}. {hint}")
 
 
 def _optimizer(

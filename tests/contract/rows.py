@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from optax_rms import rmsprop, scale_by_rms
+from optax_rms import (
+    UE6M2,
+    compress_state,
+    dialects,
+    rmsprop,
+    scale_by_rms,
+    split_master_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +49,22 @@ def _halving(count):
 _RATE = {"learning_rate": 0.1, "decay": 0.8, "eps": 1e-4}
 _MOMENTUM = {**_RATE, "momentum": 0.9}
 
+_STAIRCASE = "the rounding of the state is a staircase"
+
+
+_SHRINKS = "weight decay shrinks the point that schedule_free interpolates"
+_PLACE = "how an element is rounded depends on the place of its leaf in the tree"
+
+
+def _compressed(learning_rate, decay, eps, momentum):
+    inner = rmsprop(learning_rate, decay, eps, momentum=momentum)
+    return compress_state(inner, nu=UE6M2)
+
+
+def _split(learning_rate, decay, eps):
+    return split_master_weights(rmsprop(learning_rate, decay, eps))
+
+
 ROWS = [
     Row("scale_by_rms", scale_by_rms, {"decay": 0.8, "eps": 1e-4}),
     Row("plain", rmsprop, _RATE),
@@ -63,7 +86,67 @@ ROWS = [
         rmsprop,
         _MOMENTUM,
         {"accumulator_dtype": "bfloat16"},
-        {"grad_is_finite_difference": "the rounding of the state is a staircase"},
+        {"grad_is_finite_difference": _STAIRCASE},
+    ),
+    Row(
+        "torch",
+        dialects.torch.rmsprop,
+        {"lr": 0.1, "alpha": 0.8, "eps": 1e-4, "weight_decay": 0.1, "momentum": 0.9},
+        exceptions={"schedule_free": _SHRINKS},
+    ),
+    Row(
+        "timm",
+        dialects.torch.rmsprop_tf,
+        {"lr": 0.1, "alpha": 0.8, "eps": 1e-4, "weight_decay": 0.1, "momentum": 0.9},
+        {"decoupled_decay": True, "caution": True},
+        {
+            "schedule_free": _SHRINKS,
+            "flatten": "caution counts the signs of each leaf by itself",
+        },
+    ),
+    Row(
+        "keras",
+        dialects.keras.rmsprop,
+        {"learning_rate": 0.1, "rho": 0.8, "momentum": 0.9, "epsilon": 1e-4},
+        {"weight_decay": 0.1, "clipvalue": 0.4},
+        {"schedule_free": _SHRINKS},
+        eps="epsilon",
+    ),
+    Row(
+        "tensorflow",
+        dialects.tensorflow.rmsprop,
+        {"learning_rate": 0.1, "decay": 0.8, "momentum": 0.9, "epsilon": 1e-4},
+        eps="epsilon",
+    ),
+    Row(
+        "legacy_keras",
+        dialects.tensorflow.legacy_keras_rmsprop,
+        {
+            "learning_rate": 0.1,
+            "rho": 0.8,
+            "momentum": 0.9,
+            "epsilon": 1e-4,
+            "decay": 0.5,
+        },
+        eps="epsilon",
+    ),
+    Row(
+        "compressed",
+        _compressed,
+        _MOMENTUM,
+        exceptions={
+            "grad_is_finite_difference": _STAIRCASE,
+            "masked": _PLACE,
+            "partition": _PLACE,
+            "flatten": _PLACE,
+        },
+    ),
+    # These parameters are float32 and stay whole; those of test_master_weights are not.
+    Row(
+        "master_weights",
+        _split,
+        _RATE,
+        exceptions={"tree_map_params": "what stays whole has optax.MaskedNode there"},
     ),
 ]
 
