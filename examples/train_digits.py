@@ -17,12 +17,12 @@ import argparse
 import hashlib
 import math
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import checkpoints
+import command_line
 import digits
 import jax
 import numpy as np
@@ -149,37 +149,13 @@ def print_table(final: dict[str, float]) -> None:
             print(f"{label:10}  {loss:8.4f}  {accuracy:8.4f}")
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage before it."""
+def make_parser() -> command_line.Parser:
+    positive = command_line.number(float, 1e-30, 1e30, "a number from 1e-30 to 1e30")
+    fraction = command_line.number(float, 0, math.nextafter(1, 0), "a number in [0, 1)")
+    count = command_line.number(int, 1, 10**9, "a whole number of at least 1")
+    seed = command_line.number(int, 0, 2**32 - 1, "a whole number in [0, 2**32)")
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(
-    kind: type, lowest: float, highest: float, description: str
-) -> Callable[[str], Any]:
-    """The argparse type of a number between two bounds, NaN excluded."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if lowest <= value <= highest:
-            return value
-        raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
-
-    return parse
-
-
-def make_parser() -> Parser:
-    positive = number(float, 1e-30, 1e30, "a number from 1e-30 to 1e30")
-    fraction = number(float, 0, math.nextafter(1, 0), "a number in [0, 1)")
-    count = number(int, 1, 10**9, "a whole number of at least 1")
-    seed = number(int, 0, 2**32 - 1, "a whole number in [0, 2**32)")
-
-    parser = Parser(
+    parser = command_line.Parser(
         prog="train_digits.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

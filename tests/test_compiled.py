@@ -88,16 +88,18 @@ def test_each_shape_is_traced_once(options):
 
 
 @every_variant
-def test_tracing_and_lowering_take_less_time(options):
+def test_tracing_and_lowering_take_half_the_time(options):
     """Processor time of this thread, the best of alternating rounds."""
 
     def seconds(library):
+        step, init = step_of(library, options)
+        state = jax.eval_shape(init, THOUSAND_LEAVES)
         jax.clear_caches()
         gc.collect()
         start = time.thread_time()
-        lower(library, options, THOUSAND_LEAVES)
+        step.lower(THOUSAND_LEAVES, state, THOUSAND_LEAVES)
         return time.thread_time() - start
 
     rounds = [(seconds(optax_rms), seconds(optax)) for _ in range(3)]
     ours, theirs = map(min, zip(*rounds, strict=True))
-    assert ours < theirs
+    assert ours <= theirs / 2
