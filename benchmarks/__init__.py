@@ -1,2 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements beside the peers; results are kept as JSON in `benchmarks/results`."""
+
+import os
+
+# All of this must be set before a framework is imported.
+# A run of JAX and of PyTorch share the memory of a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("KERAS_BACKEND", "jax")
+# By default, PyTorch's threads spin while they wait. That takes cores from the next
+# side, and slows PyTorch down a hundred times wherever another program runs besides.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The time to compile is measured, not that to find what another run compiled.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")

@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -15,22 +17,20 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("optax-rms", "jax", "jaxlib", "optax", "torch", "keras", "timm", "numpy")
+PACKAGES = (
+    *("optax-rms", "jax", "jaxlib", "optax", "numpy"),
+    *("torch", "keras", "timm", "bitsandbytes"),
+)
 
 
-def save(name: str, measured: Any) -> pathlib.Path:
+def save(name: str, measured: Any, folder: pathlib.Path = RESULTS) -> pathlib.Path:
     """Write ``measured`` with machine, versions, date, commit and command."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    script = pathlib.Path(sys.argv[0]).stem
+    module = "benchmarks" if script == "__main__" else f"benchmarks.{script}"
     record = {
-        "command": f"python -m {__package__}.{pathlib.Path(sys.argv[0]).stem}",
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": {
             "device": jax.devices()[0].device_kind,
             "processor": platform.machine(),
@@ -39,9 +39,28 @@ def save(name: str, measured: Any) -> pathlib.Path:
         "versions": {"python": platform.python_version()} | versions(),
         "measured": measured,
     }
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def commit() -> str | None:
+    """The checked-out commit; ``None`` where there is only a copy of the files."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(
+            describe, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def device_name() -> str:
+    """The device's model in one word: ``cpu``, ``h100``."""
+    words = re.findall(r"\w+", jax.devices()[0].device_kind.lower())
+    return next((word for word in words if re.search(r"\d", word)), words[-1])
 
 
 def versions() -> dict[str, str | None]:

@@ -1,27 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the tables of README and docs from the committed result files.
+"""Renders the tables and pictures of README and docs from the result files.
 
-    python -m benchmarks.report            # rewrite them
-    python -m benchmarks.report --check    # fail if one is not up to date
+    python -m benchmarks.report                    # rewrite them
+    python -m benchmarks.report --check            # fail if a table is not up to date
+    python -m benchmarks.report --results FOLDER   # print the tables of other results
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
 import argparse
+import functools
 import json
 import math
+import pathlib
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+IMAGES = ROOT / "docs" / "images"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+DEVICES = ("cpu", "h100", "h200")
+NOT_MEASURED = "not measured"
+
+Cell = Callable[[dict[str, Any], list[dict[str, Any]]], str]
 
 
-def drift() -> str:
-    result = read("fidelity")
+def drift(results: pathlib.Path) -> str:
+    result = read(results, "fidelity")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
     versions = result["versions"]
     rows = [
         (
@@ -36,8 +48,10 @@ def drift() -> str:
     return markdown(head, rows)
 
 
-def centred_nan() -> str:
-    result = read("fidelity")
+def centred_nan(results: pathlib.Path) -> str:
+    result = read(results, "fidelity")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
     rows = [
         (f"`{name}`", version_of(name, result["versions"]), str(count))
         for name, count in result["measured"]["centred_nan"].items()
@@ -45,12 +59,161 @@ def centred_nan() -> str:
     return markdown(("centred", "version", "NaN weights of 1,000"), rows)
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
+    """A row for each side of each comparison, a column for each set of leaves."""
+    result = read(results, f"update_step.{device}")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["measured"]["rows"]:
+        groups.setdefault((row["comparison"], row["leaves"]), []).append(row)
+    for (comparison, leaves), group in groups.items():
+        for row in group:
+            text = row.get("not_measured") or cell(row, group)
+            cells.setdefault((comparison, row["side"]), {})[leaves] = text
+    columns = list(dict.fromkeys(leaves for _, leaves in groups))
+    rows = [
+        (comparison, f"`{side}`", *(texts[leaves] for leaves in columns))
+        for (comparison, side), texts in cells.items()
+        if side != "copy"
+    ]
+    return markdown(("comparison", "", *columns), rows)
+
+
+def milliseconds(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    del group
+    keys = ("median", "lower_quartile", "upper_quartile")
+    median, lower, upper = (significant(1e3 * row["seconds"][key]) for key in keys)
+    return f"{median} ({lower} to {upper})"
+
+
+def multiple_of_limit(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    copy = next(r for r in group if r["side"] == "copy")
+    bandwidth = copy["moved_bytes"] / copy["seconds"]["median"]
+    return f"{row['seconds']['median'] * bandwidth / row['moved_bytes']:.2f}"
+
+
+def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    """Time over that of the first side of the comparison."""
+    first = next(r for r in group if r["side"] != "copy")
+    return f"{row['seconds']['median'] / first['seconds']['median']:.2f}"
+
+
+def memory(results: pathlib.Path, device: str) -> str:
+    result = read(results, f"memory.{device}")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    columns = ("state", "limit", "accessed", "temporary", "allocator_peak")
+    rows = []
+    for row in result["measured"]["rows"]:
+        reason = row.get("not_measured")
+        texts = (reason or per_parameter(row[column]) for column in columns)
+        rows.append((f"`{row['side']}`", row["dtype"], *texts))
+    head = ("", "parameters", "state", "must move", "moves", "temporary", "peak")
+    return markdown(head, rows)
+
+
+def growth(results: pathlib.Path, device: str) -> str:
+    """The picture, which `benchmarks.figures` draws."""
+    if read(results, f"growth.{device}") is None:
+        return f"{NOT_MEASURED}\n"
+    return f"![Growth of the times, {device}](images/growth.{device}.png)\n"
+
+
+def quality(results: pathlib.Path) -> str:
+    """How far each format is from float32, in standard deviations over the seeds."""
+    result = read(results, "quality")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    runs = {
+        (row["task"], row["optimizer"], row["decay"], row["format"]): row
+        for row in result["measured"]["rows"]
+    }
+    formats = list(dict.fromkeys(key[3] for key in runs))[1:]
+    losses = ("train_loss", "validation_loss")
+    outside = dict.fromkeys(formats, 0)
+    rows = []
+    for *cell, name in runs:
+        if name != "float32":
+            continue
+        exact = runs[*cell, name]
+        texts = [f"{cell[1]}{'' if cell[2] == 1 else f' {cell[2]:g}'}"]
+        texts.append(" / ".join(spread(exact[loss]) for loss in losses))
+        for format in formats:
+            apart = [deviations(runs[*cell, format], exact, loss) for loss in losses]
+            outside[format] += sum(abs(x) > 1 for x in apart)
+            texts.append(" / ".join(map(marked, apart)))
+        rows.append((cell[0], *texts))
+    summary = (f"{n} of {2 * len(rows)}" for n in outside.values())
+    head = ("", "", "float32: training / validation loss", *formats)
+    return markdown(head, [*rows, ("outside", "", "", *summary)])
+
+
+def stored_roots(results: pathlib.Path) -> str:
+    """Length of the steps and error of the roots, averaged over the seeds."""
+    result = read(results, "quality")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    cells: dict[tuple[str, ...], list[str]] = {}
+    formats = dict.fromkeys(row["format"] for row in result["measured"]["rows"])
+    for row in result["measured"]["rows"]:
+        if row["format"] == "float32":
+            continue
+        decay = "" if row["decay"] == 1 else f" {row['decay']:g}"
+        texts = cells.setdefault((row["task"], row["optimizer"] + decay), [])
+        length, bias, noise = (
+            statistics.mean(row[key])
+            for key in ("step_length", "root_bias", "root_noise")
+        )
+        texts.append(f"{100 * (length - 1):+.1f} %, {bias:+.2f} ± {noise:.2g}")
+    rows = [(*cell, *texts) for cell, texts in cells.items()]
+    return markdown(("", "", *list(formats)[1:]), rows)
+
+
+def origin(results: pathlib.Path, device: str) -> str:
+    """Where and when the parts were measured on a device."""
+    rows = []
+    for part in ("update_step", "growth", "memory"):
+        result = read(results, f"{part}.{device}")
+        if result is not None:
+            versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
+            machine = result["machine"]
+            where = f"{machine['device']}, {machine['cores']} cores"
+            command = f"`{result['command']}`"
+            rows.append(
+                (command, where, result["date"], str(result["commit"]), versions)
+            )
+    head = ("command", "machine", "date", "commit", "versions")
+    return markdown(head, rows) if rows else f"{NOT_MEASURED}\n"
+
+
+def read(results: pathlib.Path, name: str) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def version_of(api: str, versions: dict[str, str]) -> str:
     return versions[re.split(r"[. ]", api)[0].replace("_", "-")]
+
+
+def deviations(row: dict[str, Any], exact: dict[str, Any], key: str) -> float:
+    """How much higher a mean is than in float32, in its standard deviations there."""
+    change = statistics.mean(row[key]) - statistics.mean(exact[key])
+    return change / statistics.stdev(exact[key])
+
+
+def marked(x: float) -> str:
+    """With its sign, and bold beyond one."""
+    text = f"{x:+.1f}"
+    return f"**{text}**" if abs(x) > 1 else text
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, to two figures of the latter."""
+    deviation = statistics.stdev(values)
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def percent(fraction: float) -> str:
@@ -58,30 +221,76 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def significant(x: float) -> str:
+    """Three significant figures."""
+    digits = max(0, 2 - math.floor(math.log10(x))) if x else 0
+    return f"{x:.{digits}f}"
+
+
+def per_parameter(n: float | None) -> str:
+    return "" if n is None else f"{n:.3g}"
+
+
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES = {table.__name__: table for table in (drift, centred_nan)}
+TABLES: dict[str, Callable[[pathlib.Path], str]] = {
+    "drift": drift,
+    "centred_nan": centred_nan,
+    "quality": quality,
+    "stored_roots": stored_roots,
+}
+for _device in DEVICES:
+    for _name, _cell in (
+        ("times", milliseconds),
+        ("limits", multiple_of_limit),
+        ("ratios", relative),
+    ):
+        _table = functools.partial(update_step, device=_device, cell=_cell)
+        TABLES[f"{_name}_{_device}"] = _table
+    for _part in (memory, growth, origin):
+        _table = functools.partial(_part, device=_device)
+        TABLES[f"{_part.__name__}_{_device}"] = _table
 
 
-def rendered(page: str) -> str:
+def rendered(page: str, results: pathlib.Path = RESULTS) -> str:
     """The text of a page with every table in it made anew."""
-    return TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", page)
+    return TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]](results)}{m[3]}", page)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args(argv).check
+    parser.add_argument("--results", type=pathlib.Path, help="not the committed ones")
+    options = parser.parse_args(argv)
+    if options.results:
+        for name, table in TABLES.items():
+            print(f"## {name}\n\n{table(options.results)}")
+        draw(options.results, options.results)
+        return 0
     stale = [page for page in PAGES if rendered(page.read_text()) != page.read_text()]
     for page in stale:
-        if check:
+        if options.check:
             print(f"{page.relative_to(ROOT)}: run python -m benchmarks.report")
         else:
             page.write_text(rendered(page.read_text()))
-    return int(check and bool(stale))
+    if not options.check:
+        draw(RESULTS, IMAGES)
+    return int(options.check and bool(stale))
+
+
+def draw(results: pathlib.Path, images: pathlib.Path) -> None:
+    # So that --check does without matplotlib.
+    from benchmarks import figures
+
+    for device in DEVICES:
+        result = read(results, f"growth.{device}")
+        if result is not None:
+            figures.growth(result["measured"]).savefig(images / f"growth.{device}.png")
 
 
 if __name__ == "__main__":

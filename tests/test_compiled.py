@@ -22,6 +22,9 @@ THOUSAND_LEAVES = [
     jax.ShapeDtypeStruct(SHAPES[i % len(SHAPES)], jnp.float32) for i in range(1000)
 ]
 
+# What is read here is decided before the code of the processor is generated.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -51,8 +54,8 @@ def size(tree):
 @every_variant
 def test_memory_of_a_step(options, params):
     """It reads and writes no more than Optax, in place, and needs nothing besides."""
-    ours = lower(optax_rms, options, params).compile()
-    theirs = lower(optax, options, params).compile()
+    ours = lower(optax_rms, options, params).compile(compiler_options=QUICK)
+    theirs = lower(optax, options, params).compile(compiler_options=QUICK)
     bytes_accessed = [c.cost_analysis()["bytes accessed"] for c in (ours, theirs)]
     assert 0 < bytes_accessed[0] <= bytes_accessed[1]
     memory = ours.memory_analysis()

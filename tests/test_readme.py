@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +23,8 @@ def code_blocks():
 
 @pytest.mark.parametrize("code", list(code_blocks()))
 def test_code_runs(code):
-    exec(compile(code, "<page>", "exec"), {})
+    with jax.numpy_dtype_promotion("standard"):  # as it is for a reader
+        exec(compile(code, "<page>", "exec"), {})
 
 
 def test_readme_names_the_commands_that_newcomers_run():

@@ -542,6 +542,7 @@ def test_killed_at_several_moments_it_ends_with_the_same_bits(tmp_path):
         while not list(killed.glob(there)):
             assert process.poll() is None, f"ended before {there} was there"
             assert time.monotonic() < deadline
+            time.sleep(0.001)
         time.sleep(delay_s)
         process.kill()
         assert process.wait() == -signal.SIGKILL

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether networks train as well when moments are kept in one or two bytes.
+
+    python -m benchmarks.quality
+    python -m benchmarks.quality --quick
+
+Three tasks, three optimizers, three decays, five seeds. For each format the runs start
+from the same weights and see the same batches as the float32 runs, at the same learning
+rate. A float32 optimizer goes along, without any effect, and is given the same
+gradients: against it the length of the steps and the stored root are measured.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from tqdm import tqdm
+
+import optax_rms
+from benchmarks import record
+from benchmarks.tasks import TASKS, Examples, Task
+
+SEEDS = 5
+STEPS = 1500
+BATCH_SIZE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest(optax_rms.Minifloat):
+    """A format without stochastic rounding, to show what that is for."""
+
+    def encode(self, x, bits, step=0):
+        return super().encode(x, 2**31, step)
+
+
+def nearest(format: optax_rms.Minifloat) -> Nearest:
+    return Nearest(**dataclasses.asdict(format))
+
+
+FORMATS = {
+    "float32": None,
+    "UE8M8": optax_rms.UE8M8,
+    "UE6M2": optax_rms.UE6M2,
+    "bfloat16, nearest": nearest(optax_rms.SE8M7),
+    "UE6M2, nearest": nearest(optax_rms.UE6M2),
+}
+
+
+class Optimizer(NamedTuple):
+    """An optimizer to compress.
+
+    Attributes:
+      make: from learning rate and decay.
+      field: what its state calls the squares.
+      denominator: what it divides by, from the squares.
+      decays: to train with; Adagrad forgets nothing.
+      learning_rate: the best of 1 and 3 times the powers of ten, on each of the tasks,
+        by the validation loss of float32 at decay 0.99.
+    """
+
+    make: Callable[[Any, Any], optax.GradientTransformation]
+    field: str
+    denominator: Callable[[jax.Array], jax.Array]
+    decays: tuple[float, ...]
+    learning_rate: float
+
+
+OPTIMIZERS = {
+    "RMSProp": Optimizer(
+        optax_rms.rmsprop,
+        "nu",
+        lambda nu: jnp.sqrt(nu + 1e-8),
+        (0.9, 0.99, 0.999),
+        3e-3,
+    ),
+    "Adam": Optimizer(
+        lambda learning_rate, b2: optax.adam(learning_rate, b2=b2),
+        "nu",
+        lambda nu: jnp.sqrt(nu) + 1e-8,
+        (0.9, 0.99, 0.999),
+        3e-3,
+    ),
+    "Adagrad": Optimizer(
+        lambda learning_rate, _: optax.adagrad(learning_rate),
+        "sum_of_squares",
+        lambda squares: jnp.sqrt(squares + 1e-7),
+        (1.0,),
+        0.3,
+    ),
+}
+
+
+class Outcome(NamedTuple):
+    """Of one run; the last two are averages over its last tenth.
+
+    Attributes:
+      root_bias: mean, over weights, of the logarithm of the stored denominator relative
+        to float32.
+      root_noise: standard deviation of that logarithm.
+      validation_loss: at the end.
+      validation_accuracy: at the end.
+      train_loss: of the batches.
+      step_length: norm of the update relative to float32.
+    """
+
+    root_bias: Any
+    root_noise: Any
+    validation_loss: Any
+    validation_accuracy: Any
+    train_loss: Any
+    step_length: Any
+
+
+class Start(NamedTuple):
+    """What runs of one seed have in common, whatever they store.
+
+    Attributes:
+      seed: uint32.
+      params: the first weights.
+      batches: the numbers of the training examples, `[steps, BATCH_SIZE]`.
+    """
+
+    seed: Any
+    params: Any
+    batches: Any
+
+
+def start(task: Task, steps: int, seed: Any) -> Start:
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
+
+    def draw(key):
+        return jax.random.randint(key, (BATCH_SIZE,), 0, len(task.training.labels))
+
+    batches = jax.vmap(draw)(jax.random.split(batch_key, steps))
+    return Start(seed, task.init(init_key), batches)
+
+
+def train(
+    task: Task,
+    optimizer: Optimizer,
+    format: optax_rms.Minifloat | None,
+    decay: Any,
+    start: Start,
+) -> Outcome:
+    reference = optimizer.make(optimizer.learning_rate, decay)
+    shadow = reference.init(start.params)
+    if format is None:
+        tx, state = reference, shadow
+    else:
+        tx = optax_rms.compress_state(reference, **{optimizer.field: format})
+        # Members of a vmap would be rounded by the same bits.
+        rounding_step = start.seed * np.uint32(2**20)
+        state = tx.init(start.params)._replace(rounding_step=rounding_step)
+
+    def step(carry, batch):
+        params, state, shadow = carry
+        examples = Examples(*(x[batch] for x in task.training))
+        (loss, _), gradients = jax.value_and_grad(task.loss_and_accuracy, has_aux=True)(
+            params, examples
+        )
+        updates, state = tx.update(gradients, state, params)
+        expected, shadow = reference.update(gradients, shadow, params)
+        length = jnp.linalg.norm(flat(updates)) / jnp.linalg.norm(flat(expected))
+        return (optax.apply_updates(params, updates), state, shadow), (loss, length)
+
+    carry, histories = jax.lax.scan(step, (start.params, state, shadow), start.batches)
+    params, state, shadow = carry
+    if format is not None:
+        state = optax_rms.decompress_state(state)
+    last = len(start.batches) // 10
+    return Outcome(
+        *root_error(optimizer, state, shadow),
+        *task.loss_and_accuracy(params, task.validation),
+        *(jnp.mean(history[-last:]) for history in histories),
+    )
+
+
+def root_error(optimizer: Optimizer, state: Any, shadow: Any) -> tuple[Any, Any]:
+    """Bias and noise of the stored denominator, where there ever was a gradient."""
+    stored, expected = (
+        flat(optax.tree.get(s, optimizer.field)) for s in (state, shadow)
+    )
+    error = jnp.log(optimizer.denominator(stored) / optimizer.denominator(expected))
+    seen = expected > 0
+    return jnp.mean(error, where=seen), jnp.std(error, where=seen)
+
+
+def flat(tree: Any) -> jax.Array:
+    return ravel_pytree(tree)[0]
+
+
+def measure(quick: bool, progress: Any = None) -> dict[str, Any]:
+    """Trains all networks; ``quick`` trains one, with RMSProp, for a short while.
+
+    Args:
+      progress: what `tqdm` makes, or a class like it; a bar by default.
+    """
+    steps = STEPS // 10 if quick else STEPS
+    tasks = {"digits": TASKS["digits"]} if quick else TASKS
+    optimizers = {"RMSProp": OPTIMIZERS["RMSProp"]} if quick else OPTIMIZERS
+    tasks = {name: make() for name, make in tasks.items()}
+    seeds = np.arange(SEEDS, dtype=np.uint32)
+    starts = {
+        name: jax.jit(jax.vmap(partial(start, task, steps)))(seeds)
+        for name, task in tasks.items()
+    }
+    cells = list(itertools.product(tasks, optimizers, FORMATS))
+    rows = []
+    for task_name, name, format_name in (progress or tqdm)(cells, unit="program"):
+        optimizer = OPTIMIZERS[name]
+        run = partial(train, tasks[task_name], optimizer, FORMATS[format_name])
+        of_seeds = jax.vmap(run, in_axes=(None, 0))
+        of_decays = jax.jit(jax.vmap(of_seeds, in_axes=(0, None)))
+        decays = np.array(optimizer.decays, np.float32)
+        outcome = of_decays(decays, starts[task_name])
+        for i, decay in enumerate(optimizer.decays):
+            values = {
+                k: np.asarray(v)[i].tolist() for k, v in outcome._asdict().items()
+            }
+            rows.append(
+                {"task": task_name, "optimizer": name, "decay": decay}
+                | {"format": format_name}
+                | values
+            )
+    return {
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "seeds": SEEDS,
+        "learning_rates": {k: o.learning_rate for k, o in OPTIMIZERS.items()},
+        "rows": rows,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="save nothing")
+    quick = parser.parse_args(argv).quick
+    measured = measure(quick)
+    if not quick:
+        record.save("quality", measured)
+
+
+if __name__ == "__main__":
+    main()

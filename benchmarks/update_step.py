@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of one step: update and apply, compiled together, in place.
+
+Each comparison is timed in one go, its sides in turn. A copy that takes part in it says
+how fast the memory is.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks import peers
+from benchmarks.leaves import LEAF_SETS, QUICK_LEAF_SETS, Shapes
+from benchmarks.timing import alternate
+
+COPY = "copy"
+
+
+class Comparison(NamedTuple):
+    """Sides, of which the first is the one that the others are compared with."""
+
+    sides: list[str]
+    dtype: str = "float32"
+
+
+# As many sides as 6 GB hold at a time with the leaves of GPT-2.
+COMPARISONS = {
+    "JAX": Comparison([peers.OURS, peers.OPTAX, peers.FACTORED, peers.KERAS]),
+    "PyTorch": Comparison(
+        [
+            peers.OURS,
+            peers.EAGER,
+            peers.FOREACH,
+            peers.COMPILED,
+            peers.TIMM,
+            peers.BITSANDBYTES,
+            peers.BITSANDBYTES_8BIT,
+        ]
+    ),
+    "momentum": Comparison([peers.OURS + peers.MOMENTUM, peers.OPTAX + peers.MOMENTUM]),
+    "centred, momentum": Comparison(
+        [peers.OURS + peers.CENTRED, peers.OPTAX + peers.CENTRED]
+    ),
+    "storage formats": Comparison(
+        [peers.OURS, peers.UE6M2, peers.UE8M8, peers.OPTAX, peers.BITSANDBYTES_8BIT]
+    ),
+    "bfloat16": Comparison(
+        [peers.OURS, peers.UE6M2, peers.SPLIT, peers.OPTAX, peers.FOREACH], "bfloat16"
+    ),
+}
+
+
+def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
+    leaf_sets = QUICK_LEAF_SETS if quick else LEAF_SETS
+    cells = [(leaves, name) for leaves in leaf_sets for name in COMPARISONS]
+    rows = []
+    for leaves, name in progress(cells, unit="comparison"):
+        for row in compare(leaf_sets[leaves], COMPARISONS[name]):
+            rows.append({"leaves": leaves, "comparison": name} | row)
+    return {"rows": rows}
+
+
+def compare(shapes: Shapes, comparison: Comparison) -> list[dict[str, Any]]:
+    leaves = peers.Leaves(shapes, comparison.dtype)
+    runs, reasons = peers.start(comparison.sides, leaves)
+    first = runs[comparison.sides[0]]
+    copy = peers.Copy(first.moved_bytes)
+    seconds = alternate({COPY: copy, **runs}, peers.steps_per_round(), seconds=0.5)
+    rows: list[dict[str, Any]] = [
+        {"side": COPY, "moved_bytes": copy.moved_bytes, "seconds": seconds[COPY]}
+    ]
+    for side in comparison.sides:
+        if side in reasons:
+            rows.append({"side": side, "not_measured": reasons[side]})
+            continue
+        rows.append(
+            {
+                "side": side,
+                "moved_bytes": runs[side].moved_bytes,
+                "seconds": seconds[side],
+                "compile_seconds": runs[side].compile_seconds,
+            }
+        )
+    return rows

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every part from start to end, at the least size, with what is quick to compile."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from frameworks import require, require_submodule
+
+import optax_rms
+from benchmarks import __main__ as command
+from benchmarks import growth, memory, peers, update_step
+
+SHAPES = [(4, 256), (8,)]
+JAX_SIDES = [peers.OURS, peers.OPTAX]
+
+
+def in_silence(iterable, **_):
+    return iterable
+
+
+def test_update_step():
+    sides = [*JAX_SIDES, "absent"]
+    peers_and_absent = peers.SIDES | {"absent": lambda _: peers.module("no_such")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "SIDES", peers_and_absent)
+        rows = update_step.compare(SHAPES, update_step.Comparison(sides))
+    assert [row["side"] for row in rows] == [update_step.COPY, *sides]
+    assert rows[-1]["not_measured"] == "not installed"
+    for row in rows[:-1]:
+        assert row["moved_bytes"] == 20 * (1024 + 8)
+        assert row["seconds"]["rounds"] >= 20
+        assert row["seconds"]["median"] > 0
+
+
+def test_growth(monkeypatch):
+    monkeypatch.setattr(growth, "JAX_SIDES", [peers.OPTAX])
+    monkeypatch.setattr(growth, "QUICK_ELEMENTS", [1000])
+    monkeypatch.setattr(growth, "QUICK_LEAF_COUNTS", [2])
+    monkeypatch.setattr(growth, "QUICK_TOTAL", 100)
+    monkeypatch.setattr(growth, "STEP_SIDES", [*JAX_SIDES, peers.COMPILED])
+    rows = growth.measure(quick=True, progress=in_silence)["rows"]
+    assert {row["side"] for row in rows["elements"]} == {*JAX_SIDES, growth.COPY}
+    assert [row["side"] for row in rows["stages, all shapes"]] == [peers.OPTAX]
+    assert all(row["n"] == 2 for row in rows["leaves"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 1000])
+def test_distinct_shapes_add_up(count):
+    shapes = growth.distinct_shapes(count, growth.TOTAL)
+    assert len(set(shapes)) == count
+    assert sum(n for (n,) in shapes) == pytest.approx(growth.TOTAL, rel=1e-3)
+
+
+def test_memory(monkeypatch):
+    monkeypatch.setattr(memory, "CASES", [(peers.UE6M2, "bfloat16")])
+    (row,) = memory.measure(quick=True, progress=in_silence)["rows"]
+    assert row["state"] == pytest.approx(1, abs=1e-4)
+    # Of a bfloat16 gradient, read, a parameter and a code, read and written.
+    assert row["limit"] == pytest.approx(2 + 4 + 2, abs=1e-4)
+    assert row["accessed"] >= row["limit"]
+
+
+def carried(run, steps=3):
+    run(steps)
+    return jax.tree.leaves(run._carry[0])
+
+
+def test_jax_sides_take_the_steps_of_the_library():
+    leaves = peers.Leaves(SHAPES)
+    tx = optax_rms.rmsprop(peers.LEARNING_RATE)
+    params = leaves.jax_params()
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(leaves.jax_gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    for side in JAX_SIDES:
+        run = peers.SIDES[side](leaves)
+        assert run.state_bytes == 4 * leaves.elements
+        assert set(run.compile_seconds) == {"trace", "lower", "compile"}
+        for found, expected in zip(carried(run), params, strict=True):
+            # Three steps of 1e-3 to 3e-3, with some roundings each.
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [s for s in peers.SIDES if s.startswith("optax")])
+def test_every_jax_side_takes_steps(side):
+    dtype = "bfloat16" if side == peers.SPLIT else "float32"
+    leaves = peers.Leaves([(8,)], dtype)
+    (param,) = carried(peers.SIDES[side](leaves))
+    assert param.dtype == leaves.dtype
+    assert jnp.all(jnp.isfinite(param))
+    assert jnp.any(param != 1)
+
+
+def test_keras_takes_its_own_steps():
+    keras = require("keras")
+    leaves = peers.Leaves(SHAPES)
+    variables = [keras.Variable(p) for p in leaves.jax_params()]
+    optimizer = keras.optimizers.RMSprop(peers.LEARNING_RATE)
+    for _ in range(3):
+        optimizer.apply(leaves.jax_gradients, variables)
+    found = carried(peers.SIDES[peers.KERAS](leaves))
+    for x, variable in zip(found, variables, strict=True):
+        np.testing.assert_allclose(x, variable.value, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [peers.EAGER, peers.FOREACH, peers.TIMM])
+def test_torch_takes_steps(side):
+    require_submodule("timm.optim.rmsprop_tf") if side == peers.TIMM else require(
+        "torch"
+    )
+    leaves = peers.Leaves(SHAPES)
+    run = peers.SIDES[side](leaves)
+    run(2)
+    assert run.state_bytes >= 4 * leaves.elements
+    assert all((p != 1).all() for p in leaves.torch_params)
+
+
+def test_many_leaves_are_not_compiled_by_torch():
+    reasons = {peers.COMPILED: "takes minutes to compile"}
+    assert peers.start([peers.COMPILED], peers.Leaves(201 * [(1,)])) == ({}, reasons)
+
+
+def test_command_saves_a_file_for_the_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "measure", lambda quick, progress: {"quick": quick})
+    assert command.main(["--quick", "--only", "memory", "--output", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "memory.cpu.json").read_text())
+    assert saved["measured"] == {"quick": True}
+
+
+def test_command_goes_on_without_a_part(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "PARTS", {"absent": False} | command.PARTS)
+    monkeypatch.setattr(memory, "measure", lambda quick, progress: {})
+    argv = ["--only", "absent,memory", "--output", str(tmp_path)]
+    assert command.main(argv) == 1
+    assert "absent: not measured" in capsys.readouterr().out
+    assert (tmp_path / "memory.cpu.json").exists()
+
+
+def test_command_rejects_unknown_parts(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "memory,speed"])
+    assert "not speed" in capsys.readouterr().err

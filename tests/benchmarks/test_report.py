@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and pictures of made-up results."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import figures, record, report
+
+HEADER = {
+    "command": "python -m benchmarks",
+    "date": "2000-01-01",
+    "commit": "abc",
+    "machine": {"device": "cpu", "cores": 2},
+    "versions": {"jax": "1.2.3", "bitsandbytes": None},
+}
+
+
+def spread(median):
+    quartiles = {"lower_quartile": 0.9 * median, "upper_quartile": 1.1 * median}
+    return {"median": median, "rounds": 20} | quartiles
+
+
+STEPS = [
+    {"side": "copy", "moved_bytes": 1000, "seconds": spread(1e-3)},
+    {"side": "ours", "moved_bytes": 2000, "seconds": spread(3e-3)},
+    {"side": "theirs", "moved_bytes": 4000, "seconds": spread(6e-3)},
+    {"side": "missing", "not_measured": "not installed"},
+]
+MEMORY = [
+    {"side": "ours", "dtype": "float32", "state": 4.0, "limit": 20.0}
+    | {"accessed": 28.0, "temporary": 0.0, "allocator_peak": None},
+    {"side": "missing", "dtype": "float32", "not_measured": "not installed"},
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [{"leaves": "few", "comparison": "plain"} | row for row in STEPS]
+    for name, measured in (("update_step", rows), ("memory", MEMORY)):
+        content = HEADER | {"measured": {"rows": measured}}
+        (tmp_path / f"{name}.cpu.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def body(results, name):
+    return report.TABLES[name](results).splitlines()[2:]
+
+
+def test_times(results):
+    assert body(results, "times_cpu") == [
+        "| plain | `ours` | 3.00 (2.70 to 3.30) |",
+        "| plain | `theirs` | 6.00 (5.40 to 6.60) |",
+        "| plain | `missing` | not installed |",
+    ]
+
+
+def test_limits_are_in_the_bytes_of_each_row(results):
+    assert body(results, "limits_cpu") == [
+        "| plain | `ours` | 1.50 |",
+        "| plain | `theirs` | 1.50 |",
+        "| plain | `missing` | not installed |",
+    ]
+
+
+def test_ratios(results):
+    assert body(results, "ratios_cpu") == [
+        "| plain | `ours` | 1.00 |",
+        "| plain | `theirs` | 2.00 |",
+        "| plain | `missing` | not installed |",
+    ]
+
+
+def test_memory(results):
+    ours, missing = body(results, "memory_cpu")
+    assert ours == "| `ours` | float32 | 4 | 20 | 28 | 0 |  |"
+    assert missing.count("not installed") == 5
+
+
+def test_origin_names_what_was_there(results):
+    row = "| `python -m benchmarks` | cpu, 2 cores | 2000-01-01 | abc | jax 1.2.3 |"
+    assert body(results, "origin_cpu") == [row, row]
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_without_results_a_table_says_so(tmp_path, name):
+    page = f"<!-- table: {name} -->\nold\n<!-- end of table -->\n"
+    fresh = f"<!-- table: {name} -->\nnot measured\n<!-- end of table -->\n"
+    assert report.rendered(page, tmp_path) == fresh
+
+
+def test_every_device_has_its_own_tables(results):
+    assert report.TABLES["times_h100"](results) == "not measured\n"
+    (results / "update_step.cpu.json").rename(results / "update_step.h100.json")
+    assert "`theirs`" in report.TABLES["times_h100"](results)
+
+
+@pytest.mark.parametrize("x", [1234.0, 12.34, 1.0, 0.0123])
+def test_three_significant_figures(x):
+    assert float(report.significant(x)) == pytest.approx(x, rel=5e-3)
+    assert len(report.significant(x).strip("0.").replace(".", "")) <= 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("cpu", "cpu"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+    ],
+)
+def test_device_name(monkeypatch, kind, name):
+    class Device:
+        device_kind = kind
+
+    monkeypatch.setattr(record.jax, "devices", lambda: [Device])
+    assert record.device_name() == name
+
+
+def test_saved_results_say_where_they_come_from(monkeypatch, tmp_path):
+    argv = ["/somewhere/benchmarks/__main__.py", "--only", "memory"]
+    monkeypatch.setattr(record.sys, "argv", argv)
+    saved = json.loads(record.save("part", {"x": 1}, tmp_path / "new").read_text())
+    assert saved["measured"] == {"x": 1}
+    assert saved["command"] == "python -m benchmarks --only memory"
+    assert {"date", "commit", "machine", "versions"} < saved.keys()
+
+
+def test_growth_picture_shows_every_side():
+    sides = [side for side in figures.COLORS if side != figures.COPY]
+    steps = [
+        {"n": n, "side": side, "seconds": spread(n * 1e-6)}
+        for n in (1, 10)
+        for side in figures.COLORS
+    ]
+    stages = [
+        {"n": n, "side": side}
+        | {stage: spread(n * 1e-3) for stage in ("trace", "lower", "compile")}
+        for n in (1, 10)
+        for side in sides
+    ]
+    missing = {"n": 1, "side": sides[0], "not_measured": "not installed"}
+    rows = {"elements": [*steps, missing], "leaves": steps}
+    rows |= {"stages, one shape": stages, "stages, all shapes": stages}
+    figure = figures.growth({"total": 10, "rows": rows})
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert legend == [*sides, figures.COPY_LABEL]
+    trace_and_lower = figure.axes[2].lines[-1]
+    np.testing.assert_allclose(trace_and_lower.get_ydata(), [2e-3, 2e-2])
