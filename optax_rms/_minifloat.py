@@ -55,7 +55,8 @@ class Minifloat:
       float32. It is at most :math:`\tfrac12 \sqrt{0.35 / M}`, 0.148 and 0.018, which it
       approaches as the decay approaches 1. Noise :math:`\sigma` raises the mean of
       :math:`1 / \sqrt{v}`, the length of an optimizer's steps, by
-      :math:`1.5 \sigma^2`: by 1 to 3 % for `UE6M2`.
+      :math:`1.5 \sigma^2`: by 1 to 3 % for `UE6M2`. Where the gradients of a network
+      faded, up to 13 % were measured (docs/storage_formats.md).
     * Noise of a first moment, signed: root mean square error of a moving average of
       Gaussian numbers, measured, as a fraction of its root mean square. The more a mean
       cancels, the more the error counts.
