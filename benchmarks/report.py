@@ -100,6 +100,54 @@ def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     return f"{row['seconds']['median'] / first['seconds']['median']:.2f}"
 
 
+# Comparison, side, those whose fastest it is measured by, and the share of its time
+# that is the aim; `None` where there is no aim.
+AIMS = (
+    ("JAX", "optax_rms.rmsprop", ("optax.rmsprop",), 1.02),
+    (
+        "PyTorch",
+        "optax_rms.rmsprop",
+        ("torch.optim.RMSprop, foreach=False", "torch.optim.RMSprop, foreach=True"),
+        0.35,
+    ),
+    (
+        "PyTorch",
+        "optax_rms.rmsprop",
+        ("torch.optim.RMSprop, torch.compile",),
+        None,
+    ),
+    ("storage formats", "optax_rms.rmsprop, nu=UE6M2", ("optax_rms.rmsprop",), 1.25),
+)
+
+
+def aims(results: pathlib.Path) -> str:
+    """What was aimed at on a CPU and what was reached; in bold where it was not."""
+    result = read(results, "update_step.cpu")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    medians = {
+        (row["comparison"], row["leaves"], row["side"]): row["seconds"]["median"]
+        for row in result["measured"]["rows"]
+        if "seconds" in row
+    }
+    columns = list(dict.fromkeys(leaves for _, leaves, _ in medians))
+    rows = []
+    for comparison, side, others, aim in AIMS:
+        texts = []
+        for leaves in columns:
+            cells = [(comparison, leaves, other) for other in others]
+            times = [medians[cell] for cell in cells if cell in medians]
+            if not times:
+                texts.append(NOT_MEASURED)
+                continue
+            ratio = medians[comparison, leaves, side] / min(times)
+            is_missed = aim is not None and ratio > aim
+            texts.append(f"**{ratio:.2f}**" if is_missed else f"{ratio:.2f}")
+        names = " or ".join(f"`{other}`" for other in others)
+        rows.append((f"`{side}`", names, str(aim or ""), *texts))
+    return markdown(("time of", "over that of", "at most", *columns), rows)
+
+
 def memory(results: pathlib.Path, device: str) -> str:
     result = read(results, f"memory.{device}")
     if result is None:
@@ -241,6 +289,7 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "centred_nan": centred_nan,
     "quality": quality,
     "stored_roots": stored_roots,
+    "aims": aims,
 }
 for _device in DEVICES:
     for _name, _cell in (
