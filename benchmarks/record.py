@@ -46,15 +46,22 @@ def save(name: str, measured: Any, folder: pathlib.Path = RESULTS) -> pathlib.Pa
 
 
 def commit() -> str | None:
-    """The checked-out commit; ``None`` where there is only a copy of the files."""
-    describe = ["git", "describe", "--always", "--dirty"]
+    """The checked-out commit, marked if anything but results differs from it.
+
+    ``None`` where there is only a copy of the files.
+    """
     try:
-        found = subprocess.run(
-            describe, cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        found = git("describe", "--always")
+        changed = git("status", "--porcelain", "--", ".", f":!{RESULTS}")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return f"{found}-dirty" if changed else found
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def device_name() -> str:

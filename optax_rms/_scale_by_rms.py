@@ -89,8 +89,9 @@ def _divide_eps_outside(g, x, eps):
 def _zero_at_zero(function, x):
     """``function(x)``, but 0 with derivative 0 at ``x == 0``, where it is singular."""
     zero = x == 0
-    # The inner `where` keeps the infinite derivative out of reverse mode's 0 * inf.
-    return jnp.where(zero, 0, function(jnp.where(zero, 1, x)))
+    # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
+    root = function(jax.lax.select(zero, jnp.ones_like(x), x))
+    return jax.lax.select(zero, jnp.zeros_like(x), root)
 
 
 def _abs_square(x):
