@@ -83,7 +83,7 @@ def steps(sides: list[str], shapes: Shapes) -> list[dict[str, Any]]:
 def stages(sides: list[str], shapes: Shapes) -> list[dict[str, Any]]:
     """Seconds to trace, lower and compile."""
     samples: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(3 if len(shapes) <= 100 else 1):
+    for _ in range(3):
         for side in sides:
             samples[side].append(SIDES[side](Leaves(shapes)).compile_seconds)
     return [

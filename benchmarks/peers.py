@@ -2,6 +2,7 @@
 """The optimizers that are compared, each ready to take steps on given leaves."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import math
@@ -112,6 +113,7 @@ def compile_stages(step: Callable, *arguments: Any) -> tuple[Any, dict[str, floa
     """Compile a step, its first two arguments donated; and the seconds per stage."""
     # Of this library, the functions of leaves are traced once for all optimizers.
     jax.clear_caches()
+    gc.collect()  # or what another side left behind is collected in this one's time
     times = [time.perf_counter()]
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)
     times.append(time.perf_counter())

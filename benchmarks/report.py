@@ -219,6 +219,30 @@ def stored_roots(results: pathlib.Path) -> str:
     return markdown(("", "", *list(formats)[1:]), rows)
 
 
+def stages(results: pathlib.Path, device: str) -> str:
+    """Time of `optax_rms.rmsprop` before its first step, over that of Optax."""
+    result = read(results, f"growth.{device}")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    rows = []
+    for kind in ("stages, one shape", "stages, all shapes"):
+        medians = {
+            (row["n"], row["side"], stage): row[stage]["median"]
+            for row in result["measured"]["rows"][kind]
+            for stage in ("trace", "lower", "compile")
+            if stage in row
+        }
+        for n in dict.fromkeys(n for n, _, _ in medians):
+            ours, theirs = (
+                [medians[n, side, stage] for stage in ("trace", "lower", "compile")]
+                for side in ("optax_rms.rmsprop", "optax.rmsprop")
+            )
+            ratios = sum(ours[:2]) / sum(theirs[:2]), ours[2] / theirs[2]
+            name = kind.removeprefix("stages, ").replace("all shapes", "all different")
+            rows.append((name, f"{n:,}", *(f"{ratio:.2f}" for ratio in ratios)))
+    return markdown(("shapes", "leaves", "trace and lower", "compile"), rows)
+
+
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
     rows = []
@@ -299,7 +323,7 @@ for _device in DEVICES:
     ):
         _table = functools.partial(update_step, device=_device, cell=_cell)
         TABLES[f"{_name}_{_device}"] = _table
-    for _part in (memory, growth, origin):
+    for _part in (memory, growth, stages, origin):
         _table = functools.partial(_part, device=_device)
         TABLES[f"{_part.__name__}_{_device}"] = _table
 
