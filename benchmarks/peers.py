@@ -303,6 +303,11 @@ SIDES: dict[str, Callable[[Leaves], Run]] = {
 MOST_LEAVES = {SPLIT: 200, COMPILED: 200}
 
 
+def choose(names: list[str], quick: bool) -> list[str]:
+    """If ``quick``, all but PyTorch's compiler, which takes half a minute to start."""
+    return [name for name in names if not (quick and name == COMPILED)]
+
+
 def start(names: list[str], leaves: Leaves) -> tuple[dict[str, Run], dict[str, str]]:
     """The runs of these sides; and, of those that are not to be had, the reasons."""
     runs, reasons = {}, {}

@@ -54,7 +54,9 @@ def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
     cells = [(leaves, name) for leaves in leaf_sets for name in COMPARISONS]
     rows = []
     for leaves, name in progress(cells, unit="comparison"):
-        for row in compare(leaf_sets[leaves], COMPARISONS[name]):
+        sides, dtype = COMPARISONS[name]
+        comparison = Comparison(peers.choose(sides, quick), dtype)
+        for row in compare(leaf_sets[leaves], comparison):
             rows.append({"leaves": leaves, "comparison": name} | row)
     return {"rows": rows}
 
