@@ -3,6 +3,8 @@
 
 import argparse
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,6 +14,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def run(
+        self, work: Callable[[argparse.Namespace, str], None], argv: list[str] | None
+    ) -> None:
+        """Call ``work`` with the arguments, ``output`` a folder, and the command."""
+        args = self.parse_args(argv)
+        command = shlex.join([self.prog, *(sys.argv[1:] if argv is None else argv)])
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+            work(args, command)
+        except OSError as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, "\ninterrupted\n")
 
 
 def number(

@@ -13,8 +13,6 @@ The output folder receives compare_optimizers.png, .gif and .json.
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,16 +48,7 @@ MakeOptimizer = Callable[..., optax.GradientTransformation]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        compare(args, command)
-    except OSError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted\n")
+    make_parser().run(compare, argv)
 
 
 def compare(args: argparse.Namespace, command: str) -> None:

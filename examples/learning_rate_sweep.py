@@ -12,8 +12,6 @@ final validation loss, and learning_rate_sweep.json.
 
 import argparse
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,16 +36,7 @@ SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        run(args, command)
-    except OSError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted\n")
+    make_parser().run(run, argv)
 
 
 def run(args: argparse.Namespace, command: str) -> None:

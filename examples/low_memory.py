@@ -15,8 +15,6 @@ low_memory.json.
 """
 
 import argparse
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,14 +70,7 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        compare(args, command)
-    except OSError as error:
-        parser.error(str(error))
+    make_parser().run(compare, argv)
 
 
 def compare(args: argparse.Namespace, command: str) -> None:
