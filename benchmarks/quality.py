@@ -45,22 +45,13 @@ def nearest(format: optax_rms.Minifloat) -> Nearest:
     return Nearest(**dataclasses.asdict(format))
 
 
-FORMATS = {
-    "float32": None,
-    "UE8M8": optax_rms.UE8M8,
-    "UE6M2": optax_rms.UE6M2,
-    "bfloat16, nearest": nearest(optax_rms.SE8M7),
-    "UE6M2, nearest": nearest(optax_rms.UE6M2),
-}
-
-
 class Optimizer(NamedTuple):
     """An optimizer to compress.
 
     Attributes:
       make: from learning rate and decay.
       field: what its state calls the squares.
-      denominator: what it divides by, from the squares.
+      eps: added to the squares or, if not ``eps_in_sqrt``, to their root.
       decays: to train with; Adagrad forgets nothing.
       learning_rate: the best of 1 and 3 times the powers of ten, on each of the tasks,
         by the validation loss of float32 at decay 0.99.
@@ -68,33 +59,58 @@ class Optimizer(NamedTuple):
 
     make: Callable[[Any, Any], optax.GradientTransformation]
     field: str
-    denominator: Callable[[jax.Array], jax.Array]
+    eps: float
+    eps_in_sqrt: bool
     decays: tuple[float, ...]
     learning_rate: float
+
+    def denominator(self, squares: jax.Array) -> jax.Array:
+        if self.eps_in_sqrt:
+            return jnp.sqrt(squares + self.eps)
+        return jnp.sqrt(squares) + self.eps
 
 
 OPTIMIZERS = {
     "RMSProp": Optimizer(
         optax_rms.rmsprop,
         "nu",
-        lambda nu: jnp.sqrt(nu + 1e-8),
+        1e-8,
+        True,
         (0.9, 0.99, 0.999),
         3e-3,
     ),
     "Adam": Optimizer(
         lambda learning_rate, b2: optax.adam(learning_rate, b2=b2),
         "nu",
-        lambda nu: jnp.sqrt(nu) + 1e-8,
+        1e-8,
+        False,
         (0.9, 0.99, 0.999),
         3e-3,
     ),
     "Adagrad": Optimizer(
         lambda learning_rate, _: optax.adagrad(learning_rate),
         "sum_of_squares",
-        lambda squares: jnp.sqrt(squares + 1e-7),
+        1e-7,
+        True,
         (1.0,),
         0.3,
     ),
+}
+
+
+def fitted(optimizer: Optimizer, decay: float) -> optax_rms.Minifloat:
+    """One byte in the window of the optimizer's eps, which knows its decay."""
+    window = optax_rms.UE6M2.for_eps(optimizer.eps, optimizer.eps_in_sqrt)
+    return dataclasses.replace(window, decay=decay)
+
+
+FORMATS = {
+    "float32": None,
+    "UE8M8": optax_rms.UE8M8,
+    "UE6M2": optax_rms.UE6M2,
+    "UE6M2, fitted": fitted,
+    "bfloat16, nearest": nearest(optax_rms.SE8M7),
+    "UE6M2, nearest": nearest(optax_rms.UE6M2),
 }
 
 
@@ -197,6 +213,21 @@ def flat(tree: Any) -> jax.Array:
     return ravel_pytree(tree)[0]
 
 
+def train_all(task: Task, optimizer: Optimizer, format: Any, starts: Start) -> Outcome:
+    """The outcomes for all decays and seeds, as arrays `[decays, seeds]`."""
+
+    def train_with(format, decays):
+        of_seeds = jax.vmap(partial(train, task, optimizer, format), in_axes=(None, 0))
+        of_decays = jax.jit(jax.vmap(of_seeds, in_axes=(0, None)))
+        outcome = of_decays(np.array(decays, np.float32), starts)
+        return jax.tree.map(np.asarray, outcome)
+
+    if format is not fitted:
+        return train_with(format, optimizer.decays)
+    outcomes = [train_with(fitted(optimizer, d), [d]) for d in optimizer.decays]
+    return jax.tree.map(lambda *x: np.concatenate(x), *outcomes)
+
+
 def measure(quick: bool, progress: Any = None) -> dict[str, Any]:
     """Trains all networks; ``quick`` trains one, with RMSProp, for a short while.
 
@@ -216,15 +247,11 @@ def measure(quick: bool, progress: Any = None) -> dict[str, Any]:
     rows = []
     for task_name, name, format_name in (progress or tqdm)(cells, unit="program"):
         optimizer = OPTIMIZERS[name]
-        run = partial(train, tasks[task_name], optimizer, FORMATS[format_name])
-        of_seeds = jax.vmap(run, in_axes=(None, 0))
-        of_decays = jax.jit(jax.vmap(of_seeds, in_axes=(0, None)))
-        decays = np.array(optimizer.decays, np.float32)
-        outcome = of_decays(decays, starts[task_name])
+        outcome = train_all(
+            tasks[task_name], optimizer, FORMATS[format_name], starts[task_name]
+        )
         for i, decay in enumerate(optimizer.decays):
-            values = {
-                k: np.asarray(v)[i].tolist() for k, v in outcome._asdict().items()
-            }
+            values = {k: v[i].tolist() for k, v in outcome._asdict().items()}
             rows.append(
                 {"task": task_name, "optimizer": name, "decay": decay}
                 | {"format": format_name}

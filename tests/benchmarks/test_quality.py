@@ -16,7 +16,7 @@ import optax_rms
 from benchmarks import quality, tasks
 from benchmarks.tasks import Examples, Task
 
-FORMATS = ("float32", "UE6M2", "UE6M2, nearest")
+FORMATS = ("float32", "UE6M2", "UE6M2, fitted", "UE6M2, nearest")
 DECAYS = (0.9, 0.99, 0.999)
 EPS = float(np.finfo(np.float32).eps)
 
@@ -70,16 +70,29 @@ def test_a_run_differs_from_those_of_other_seeds_more_than_of_other_formats(rows
         assert 0 < np.std(change) < np.std(losses)
 
 
-def test_noise_and_length_of_steps_follow_from_the_format(rows):
+@pytest.mark.parametrize("format", ["UE6M2", "UE6M2, fitted"])
+def test_noise_and_length_of_steps_follow_from_the_format(rows, format):
     # The bound of `Minifloat`.
     bound = np.sqrt(0.35 / 4) / 2
     for decay in DECAYS:
-        row = rows["UE6M2", decay]
+        row = rows[format, decay]
         # The standard error of 300 roots, three times.
         assert (row["root_noise"] > 0.5 * bound).all()
         assert (row["root_noise"] < bound * (1 + 3 / np.sqrt(2 * 300))).all()
         assert (row["step_length"] > 1).all()
         assert (row["step_length"] < 1 + 3 * bound**2).all()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ("RMSProp", "UE6M2@-27*0.99"),
+        ("Adam", "UE6M2@-58*0.99"),
+        ("Adagrad", "UE6M2@-24*0.99"),
+    ],
+)
+def test_a_fitted_format_has_the_window_of_eps_and_the_decay(optimizer, expected):
+    assert quality.fitted(quality.OPTIMIZERS[optimizer], 0.99).name == expected
 
 
 def test_rounding_to_nearest_is_seen_to_fail(rows):
