@@ -245,8 +245,11 @@ def module(name: str, is_imported: bool = True) -> Any:
     return importlib.import_module(name) if is_imported else None
 
 
-def _compressed(format: optax_rms.Minifloat) -> optax.GradientTransformation:
-    return optax_rms.compress_state(optax_rms.rmsprop(LEARNING_RATE), nu=format)
+def _compressed(
+    momentum: float | None = None, **formats: optax_rms.Minifloat
+) -> optax.GradientTransformation:
+    inner = optax_rms.rmsprop(LEARNING_RATE, momentum=momentum)
+    return optax_rms.compress_state(inner, **formats)
 
 
 def _factored() -> optax.GradientTransformation:
@@ -254,14 +257,13 @@ def _factored() -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), scale)
 
 
-def _rmsprop(library: ModuleType, **options: Any) -> Callable[[Leaves], Run]:
-    return functools.partial(
-        jax_run, functools.partial(library.rmsprop, LEARNING_RATE, **options)
-    )
+def _rmsprop(library: ModuleType, **options: Any) -> Callable[[], Any]:
+    return functools.partial(library.rmsprop, LEARNING_RATE, **options)
 
 
 OURS = "optax_rms.rmsprop"
 UE6M2 = "optax_rms.rmsprop, nu=UE6M2"
+UE6M2_MOMENTUM = "optax_rms.rmsprop, momentum, nu=UE6M2, trace=SE5M2"
 UE8M8 = "optax_rms.rmsprop, nu=UE8M8"
 SPLIT = "optax_rms.rmsprop, nu=UE6M2, split_master_weights"
 OPTAX = "optax.rmsprop"
@@ -276,19 +278,26 @@ BITSANDBYTES_8BIT = "bitsandbytes RMSprop8bit"
 MOMENTUM = ", momentum"
 CENTRED = ", centred, momentum"
 
-SIDES: dict[str, Callable[[Leaves], Run]] = {
+TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     OURS: _rmsprop(optax_rms),
     OURS + MOMENTUM: _rmsprop(optax_rms, momentum=0.9),
     OURS + CENTRED: _rmsprop(optax_rms, centered=True, momentum=0.9),
-    UE6M2: functools.partial(jax_run, lambda: _compressed(optax_rms.UE6M2)),
-    UE8M8: functools.partial(jax_run, lambda: _compressed(optax_rms.UE8M8)),
-    SPLIT: functools.partial(
-        jax_run, lambda: optax_rms.split_master_weights(_compressed(optax_rms.UE6M2))
+    UE6M2: lambda: _compressed(nu=optax_rms.UE6M2),
+    UE6M2_MOMENTUM: lambda: _compressed(
+        momentum=0.9, nu=optax_rms.UE6M2, trace=optax_rms.SE5M2
     ),
+    UE8M8: lambda: _compressed(nu=optax_rms.UE8M8),
+    SPLIT: lambda: optax_rms.split_master_weights(_compressed(nu=optax_rms.UE6M2)),
     OPTAX: _rmsprop(optax),
     OPTAX + MOMENTUM: _rmsprop(optax, momentum=0.9),
     OPTAX + CENTRED: _rmsprop(optax, centered=True, momentum=0.9),
-    FACTORED: functools.partial(jax_run, _factored),
+    FACTORED: _factored,
+}
+
+SIDES: dict[str, Callable[[Leaves], Run]] = {
+    **{
+        name: functools.partial(jax_run, make) for name, make in TRANSFORMATIONS.items()
+    },
     KERAS: keras_run,
     EAGER: functools.partial(torch_run, foreach=False),
     FOREACH: functools.partial(torch_run, foreach=True),

@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     *("optax-rms", "jax", "jaxlib", "optax", "numpy"),
     *("torch", "keras", "timm", "bitsandbytes"),
+    *("jax-cuda12-plugin", "libtpu"),
 )
 
 

@@ -162,6 +162,30 @@ def memory(results: pathlib.Path, device: str) -> str:
     return markdown(head, rows)
 
 
+def compiled(results: pathlib.Path) -> str:
+    """A row for each optimizer, with what its programs for all devices need."""
+    result = read(results, "compiled")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    leaves = result["measured"]["leaves"]
+    columns = {
+        "moved": "moves",
+        "temporary": "temporary",
+        "collectives": "collectives",
+        "kernels": f"kernels for {leaves} leaves",
+    }
+    head = dict.fromkeys(("", "parameters", "must move"))
+    cells: dict[tuple[str, ...], list[str]] = {}
+    for row in result["measured"]["rows"]:
+        key = f"`{row['side']}`", row["dtype"], per_parameter(row["limit"])
+        for column, name in columns.items():
+            if column in row:
+                head[f"{row['device']}: {name}"] = None
+                cells.setdefault(key, []).append(per_parameter(row[column]))
+    rows = [(*key, *texts) for key, texts in cells.items()]
+    return markdown(tuple(head), rows)
+
+
 def growth(results: pathlib.Path, device: str) -> str:
     """The picture, which `benchmarks.figures` draws."""
     if read(results, f"growth.{device}") is None:
@@ -314,6 +338,7 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "quality": quality,
     "stored_roots": stored_roots,
     "aims": aims,
+    "compiled": compiled,
 }
 for _device in DEVICES:
     for _name, _cell in (
