@@ -31,7 +31,9 @@ class ScaleByStddevState(NamedTuple):
 
 
 # Optax does not export this class, and a checkpoint restores only into the same one.
-_ScaleByRmsWithCountState: Any = type(optax.scale_by_rms(bias_correction=True).init(()))
+_ScaleByRmsWithCountState: Any = type(
+    jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ())
+)
 
 
 class _Coefficients(NamedTuple):

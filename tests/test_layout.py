@@ -6,6 +6,7 @@ is the optimizer, `_scale_by_rms` the mathematics, the wrappers know nothing of 
 """
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -77,3 +78,13 @@ def test_import_needs_only_the_runtime_dependencies():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == "[]"
+
+
+def test_import_asks_for_no_device():
+    """`jax.distributed.initialize` and `jax.config.update` may come after it."""
+    code = "".join(f"import optax_rms.{module}\n" for module in MODULES)
+    environment = os.environ | {"JAX_PLATFORMS": "no_such_device"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr

@@ -21,9 +21,13 @@ PyTree = Any
 
 # Optax exports the two classes without a count only.
 _Rms: Any = optax.ScaleByRmsState
-_RmsWithCount: Any = type(optax.scale_by_rms(bias_correction=True).init(()))
+_RmsWithCount: Any = type(
+    jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ())
+)
 _Stddev: Any = optax.ScaleByRStdDevState
-_StddevWithCount: Any = type(optax.scale_by_stddev(bias_correction=True).init(()))
+_StddevWithCount: Any = type(
+    jax.eval_shape(optax.scale_by_stddev(bias_correction=True).init, ())
+)
 
 
 def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
