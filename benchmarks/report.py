@@ -10,13 +10,14 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
@@ -27,7 +28,10 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DO
 DEVICES = ("cpu", "h100", "h200")
 NOT_MEASURED = "not measured"
 
+LOSSES = ("train_loss", "validation_loss")
+
 Cell = Callable[[dict[str, Any], list[dict[str, Any]]], str]
+TrainingCell = tuple[str, str, float]
 
 
 def drift(results: pathlib.Path) -> str:
@@ -193,33 +197,50 @@ def growth(results: pathlib.Path, device: str) -> str:
     return f"![Growth of the times, {device}](images/growth.{device}.png)\n"
 
 
-def quality(results: pathlib.Path) -> str:
+def quality(results: pathlib.Path, name: str = "quality") -> str:
     """How far each format is from float32, in standard deviations over the seeds."""
-    result = read(results, "quality")
+    result = read(results, name)
     if result is None:
         return f"{NOT_MEASURED}\n"
-    runs = {
-        (row["task"], row["optimizer"], row["decay"], row["format"]): row
-        for row in result["measured"]["rows"]
-    }
-    formats = list(dict.fromkeys(key[3] for key in runs))[1:]
-    losses = ("train_loss", "validation_loss")
-    outside = dict.fromkeys(formats, 0)
+    cells = by_cell(result["measured"]["rows"])
+    formats = list(dict.fromkeys(format for cell in cells.values() for format in cell))
+    outside = dict.fromkeys(formats[1:], 0)
     rows = []
-    for *cell, name in runs:
-        if name != "float32":
-            continue
-        exact = runs[*cell, name]
-        texts = [f"{cell[1]}{'' if cell[2] == 1 else f' {cell[2]:g}'}"]
-        texts.append(" / ".join(spread(exact[loss]) for loss in losses))
-        for format in formats:
-            apart = [deviations(runs[*cell, format], exact, loss) for loss in losses]
-            outside[format] += sum(abs(x) > 1 for x in apart)
-            texts.append(" / ".join(map(marked, apart)))
-        rows.append((cell[0], *texts))
+    for (task, optimizer, decay), cell in cells.items():
+        exact = cell["float32"]
+        texts = [optimizer if decay == 1 else f"{optimizer} {decay:g}"]
+        texts.append(" / ".join(spread(exact[loss]) for loss in LOSSES))
+        for format in outside:
+            changes = [deviations(cell[format], exact, loss) for loss in LOSSES]
+            outside[format] += sum(abs(x) > 1 for x in changes)
+            texts.append(" / ".join(map(marked, changes)))
+        rows.append((task, *texts))
     summary = (f"{n} of {2 * len(rows)}" for n in outside.values())
-    head = ("", "", "float32: training / validation loss", *formats)
+    head = ("", "", "float32: training / validation loss", *outside)
     return markdown(head, [*rows, ("outside", "", "", *summary)])
+
+
+def by_cell(
+    rows: list[dict[str, Any]],
+) -> dict[TrainingCell, dict[str, dict[str, Any]]]:
+    """Of each task, optimizer and decay, the row of each format."""
+    cells: dict[TrainingCell, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cell = row["task"], row["optimizer"], row["decay"]
+        cells.setdefault(cell, {})[row["format"]] = row
+    return cells
+
+
+def apart(rows: list[dict[str, Any]], formats: Iterable[str]) -> list[TrainingCell]:
+    """The cells in which a mean loss of these formats is beyond one deviation."""
+    return [
+        cell
+        for cell, row in by_cell(rows).items()
+        if any(
+            abs(deviations(row[format], row["float32"], loss)) > 1
+            for format, loss in itertools.product(formats, LOSSES)
+        )
+    ]
 
 
 def stored_roots(results: pathlib.Path) -> str:
@@ -269,17 +290,18 @@ def stages(results: pathlib.Path, device: str) -> str:
 
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
+    parts = ("update_step", "growth", "memory")
+    return origin_of(results, *(f"{part}.{device}" for part in parts))
+
+
+def origin_of(results: pathlib.Path, *names: str) -> str:
     rows = []
-    for part in ("update_step", "growth", "memory"):
-        result = read(results, f"{part}.{device}")
-        if result is not None:
-            versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
-            machine = result["machine"]
-            where = f"{machine['device']}, {machine['cores']} cores"
-            command = f"`{result['command']}`"
-            rows.append(
-                (command, where, result["date"], str(result["commit"]), versions)
-            )
+    for result in filter(None, (read(results, name) for name in names)):
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
+        machine = result["machine"]
+        where = f"{machine['device']}, {machine['cores']} cores"
+        command = f"`{result['command']}`"
+        rows.append((command, where, result["date"], str(result["commit"]), versions))
     head = ("command", "machine", "date", "commit", "versions")
     return markdown(head, rows) if rows else f"{NOT_MEASURED}\n"
 
@@ -336,21 +358,44 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "drift": drift,
     "centred_nan": centred_nan,
     "quality": quality,
+    "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,
     "aims": aims,
     "compiled": compiled,
 }
+for _name in ("compiled", "quality", "quality_repeated"):
+    TABLES[f"origin_{_name}"] = lambda results, name=_name: origin_of(results, name)
+OF_DEVICE: dict[str, tuple[str, Callable[..., str]]] = {
+    "origin": ("", origin),
+    "times": (
+        "Milliseconds per step:",
+        functools.partial(update_step, cell=milliseconds),
+    ),
+    "limits": (
+        "As multiples of the limit:",
+        functools.partial(update_step, cell=multiple_of_limit),
+    ),
+    "ratios": (
+        "As multiples of the first row of the comparison:",
+        functools.partial(update_step, cell=relative),
+    ),
+    "memory": ("Bytes per parameter:", memory),
+    "growth": ("Growth:", growth),
+    "stages": ("Time before the first step, over Optax's:", stages),
+}
+
+
+def all_of_device(results: pathlib.Path, device: str) -> str:
+    texts = [(title, table(results, device)) for title, table in OF_DEVICE.values()]
+    if all(text == f"{NOT_MEASURED}\n" for _, text in texts):
+        return f"{NOT_MEASURED}\n"
+    return "\n".join(f"{title}\n\n{text}" for title, text in texts).lstrip()
+
+
 for _device in DEVICES:
-    for _name, _cell in (
-        ("times", milliseconds),
-        ("limits", multiple_of_limit),
-        ("ratios", relative),
-    ):
-        _table = functools.partial(update_step, device=_device, cell=_cell)
-        TABLES[f"{_name}_{_device}"] = _table
-    for _part in (memory, growth, stages, origin):
-        _table = functools.partial(_part, device=_device)
-        TABLES[f"{_part.__name__}_{_device}"] = _table
+    TABLES[f"all_{_device}"] = functools.partial(all_of_device, device=_device)
+    for _name, (_, _table) in OF_DEVICE.items():
+        TABLES[f"{_name}_{_device}"] = functools.partial(_table, device=_device)
 
 
 def rendered(page: str, results: pathlib.Path = RESULTS) -> str:

@@ -166,3 +166,25 @@ def test_validation_examples_are_not_trained_on(name):
         assert len(task.training.labels) + 10_000 + tasks.CONTEXT == 120_000
     else:
         assert not training & validation
+
+
+def test_only_cells_that_were_apart_are_repeated_with_new_seeds(monkeypatch):
+    monkeypatch.setattr(quality, "TASKS", {"tiny": tiny})
+    monkeypatch.setattr(quality, "UNBIASED", ("UE6M2",))
+    float32 = {"train_loss": [1.0, 2.0, 3.0], "validation_loss": [1.0, 2.0, 3.0]}
+    first = []
+    for decay, higher in ((0.9, 0.99), (0.99, 1.01), (0.999, -0.99)):
+        row = {"task": "tiny", "optimizer": "RMSProp", "decay": decay}
+        apart = float32 | {"validation_loss": [x + higher for x in (1.0, 2.0, 3.0)]}
+        first.append(row | {"format": "float32"} | float32)
+        first.append(row | {"format": "UE6M2"} | apart)
+        # Not one of those that are repeated.
+        first.append(row | {"format": "UE6M2, nearest"} | {k: [9, 9, 9] for k in apart})
+    repeated = quality.repeat({"steps": 3, "rows": first}, lambda cells, unit: cells)
+    assert [(row["format"], row["decay"]) for row in repeated["rows"]] == [
+        ("float32", 0.99),
+        ("UE6M2", 0.99),
+    ]
+    assert set(quality.NEW_SEEDS).isdisjoint(range(quality.SEEDS))
+    losses = repeated["rows"][0]["train_loss"]
+    assert len(set(losses)) == repeated["seeds"] == 20

@@ -93,7 +93,12 @@ def test_without_results_a_table_says_so(tmp_path, name):
 def test_every_device_has_its_own_tables(results):
     assert report.TABLES["times_h100"](results) == "not measured\n"
     (results / "update_step.cpu.json").rename(results / "update_step.h100.json")
-    assert "`theirs`" in report.TABLES["times_h100"](results)
+    times = report.TABLES["times_h100"](results)
+    assert "`theirs`" in times
+    on_one_page = report.TABLES["all_h100"](results)
+    assert on_one_page.startswith(report.TABLES["origin_h100"](results))
+    assert f"\n\nMilliseconds per step:\n\n{times}\n" in on_one_page
+    assert on_one_page.endswith("over Optax's:\n\nnot measured\n")
 
 
 @pytest.mark.parametrize("x", [1234.0, 12.34, 1.0, 0.0123])
