@@ -346,7 +346,7 @@ def significant(x: float) -> str:
 
 
 def per_parameter(n: float | None) -> str:
-    return "" if n is None else f"{n:.3g}"
+    return "" if n is None else f"{round(n, 3):.3g}"
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
