@@ -26,8 +26,8 @@ from benchmarks import memory, peers, record
 from benchmarks.leaves import LEAF_SETS, Shapes
 from benchmarks.peers import TRANSFORMATIONS
 
-# NVIDIA H100 80GB HBM3, https://resources.nvidia.com/en-us-hopper-architecture and, for
-# the names of the fields, xla/stream_executor/device_description.proto of OpenXLA.
+# Figures from OpenXLA, 2026, xla/backends/gpu/target_config/specs/h100_sxm.txtpb,
+# https://github.com/openxla/xla
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -68,8 +68,7 @@ DEVICES: dict[str, Callable[[], Any]] = {
 CASES = [case for case in memory.CASES if case[0] in TRANSFORMATIONS]
 MANY_LEAVES = "GPT-2 124M"
 
-BITS = re.compile(r"\d+")
-ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
+ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%\S+) = (.*?) ([a-z][a-z-]*)\((.*?)\)", re.M)
 COLLECTIVE = re.compile(r" (?:all-|collective-|reduce-scatter)[a-z-]*(?<!-done)\(")
 # These name memory, or wait for what others move.
@@ -154,11 +153,10 @@ def instructions(program: str) -> list[tuple[str, ...]]:
 def bytes_in_memory(type: str) -> int:
     """Size of the arrays of a type, such as ``(f32[8,4]{1,0}, u8[8,4]{1,0})``."""
     total = 0
-    for dtype, shape, layout in ARRAY.findall(type):
-        if "S(" in layout:
-            continue
-        bits = 8 if dtype == "pred" else int(BITS.search(dtype)[0])
-        total += bits // 8 * math.prod(map(int, filter(None, shape.split(","))))
+    for bits, shape, layout in ARRAY.findall(type):
+        if "S(" not in layout:
+            size = math.prod(map(int, filter(None, shape.split(","))))
+            total += int(bits or 8) * size // 8
     return total
 
 
