@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import types
 
 import compare_optimizers
 import comparison_figures
@@ -134,6 +135,22 @@ def test_chosen_learning_rates_are_those_of_the_tuning(finished):
         for task, result in tasks.items():
             assert not result["at_edge_of_grid"], (name, task)
             assert result["num_steps"] <= compare_optimizers.NUM_STEPS, (name, task)
+
+
+def test_all_tuning_seeds_choose_the_learning_rate(monkeypatch):
+    tuning = len(compare_optimizers.TUNING_SEEDS)
+    losses = np.ones((2, tuning + len(compare_optimizers.SEEDS)))
+    # Better with one of these seeds, and with those that are reported.
+    losses[0, 1:tuning] = 2
+    losses[0, [0, *range(tuning, losses.shape[1])]] = 0.5
+    states = types.SimpleNamespace(params=None)
+    monkeypatch.setattr(sweep, "start", lambda *_: (states, None))
+    monkeypatch.setattr(sweep, "train_epoch", lambda *_: (states, None))
+    monkeypatch.setattr(sweep, "evaluate", lambda *_: (losses.ravel(), losses.ravel()))
+    examples = [types.SimpleNamespace(images=np.zeros((1, 64)))] * 3
+    learning_rates = np.array([0.1, 0.2])
+    found = compare_optimizers.run_on_digits(None, learning_rates, examples, epochs=1)
+    assert found["learning_rate"] == 0.2
 
 
 def test_losses_are_those_of_runs_alone(finished):
