@@ -199,7 +199,8 @@ class Converter:
         leaves = map(to_framework, arrays, map(widen, self._template))
         try:
             result = self._function(self._treedef.unflatten(leaves))
-            return jax.tree.map(to_numpy, result)
+            # Copied, as the function may use its memory again for the next slot.
+            return jax.tree.map(lambda x: np.array(to_numpy(x)), result)
         except Exception as error:
             raise ValueError(
                 f"{self._name} raised {type(error).__name__} when given {slot}: {error}"

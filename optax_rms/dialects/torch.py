@@ -120,24 +120,23 @@ def import_state(
         if any(slot in column for column in columns):
             arrays = [c.get(slot, np.zeros_like(c["square_avg"])) for c in columns]
             moved = converter(slot, _named(saved, arrays))
-            # Copied, as convert may use the memory again for the next slot.
-            trees[slot] = jax.tree.map(jnp.array, moved)
+            trees[slot] = jax.tree.map(jnp.asarray, moved)
     like_params = trees["square_avg"]
-    count = jnp.asarray(max(p.step for p in parameters), jnp.int32)
+    steps = max(p.step for p in parameters)
     make = rmsprop_tf if saved.is_timm else rmsprop
 
     # Of the groups with the same settings, the first stands for all.
     groups = [settings.index(settings[p.group]) for p in parameters]
     if len(set(groups)) == 1:
         tx = make(**settings[groups[0]])
-        return tx, _fill(tx.init(like_params), trees, count)
+        return tx, _fill(tx.init(like_params), trees, steps)
     labels = _labels(converter, groups, like_params)
     tx = optax.partition({i: make(**settings[i]) for i in sorted({*groups})}, labels)
     state: Any = tx.init(like_params)
     inner_states = {}
     for i, masked in state.inner_states.items():
         own = {slot: _mask(tree, labels, i) for slot, tree in trees.items()}
-        inner_state = _fill(masked.inner_state, own, count)
+        inner_state = _fill(masked.inner_state, own, steps)
         inner_states[i] = masked._replace(inner_state=inner_state)
     return tx, state._replace(inner_states=inner_states)
 
@@ -389,13 +388,14 @@ def _named(saved: state_dicts.StateDict, arrays: Sequence[Any]) -> Any:
     return collections.OrderedDict(zip(saved.parameters, arrays, strict=True))
 
 
-def _fill(state: Any, trees: dict[str, PyTree], count: jax.Array) -> Any:
+def _fill(state: Any, trees: dict[str, PyTree], steps: int) -> Any:
     """The state of a chain with PyTorch's slots in place of those from ``init``."""
     split = {slot: optimizers.split(tree) for slot, tree in trees.items()}
     ours = {"nu": "square_avg", "variance": "square_avg"}
     ours |= {"mu": "grad_avg", "trace": "momentum_buffer"}
     new = {field: split[slot] for field, slot in ours.items() if slot in split}
-    return handover.with_fields(state, new | {"count": count})
+    # Each group's own: one array in two places could not be donated.
+    return handover.with_fields(state, new | {"count": jnp.array(steps, jnp.int32)})
 
 
 def _labels(

@@ -135,6 +135,15 @@ def test_groups_become_a_partition():
         np.testing.assert_array_equal(convert_back(updates)[name], expected)
 
 
+def test_an_imported_partition_can_be_donated():
+    state_dict = make_state_dict({"lr": 1.0}, {"lr": 2.0}, {"lr": 4.0})
+    tx, state = dialect.import_state(state_dict, convert, NAMES)
+    gradients = jax.tree.map(jnp.ones_like, convert(NAMES))
+    expected = jax.jit(tx.update)(gradients, state)
+    actual = jax.jit(tx.update, donate_argnums=1)(gradients, state)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def test_groups_of_the_same_settings_may_be_joined():
     state_dict = make_state_dict({}, {}, {})
     names = dict(NAMES)
