@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 from optax_rms import _rmsprop
+from optax_rms.dialects import _keras_schedules as schedules
 from optax_rms.dialects import tensorflow, torch
 
 
@@ -204,7 +205,9 @@ def inception_v3(
       TensorFlow, ``research/inception``, https://github.com/tensorflow/models
     """
     steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    rates = _staircase(learning_rate, 0.16, int(30 * steps_per_epoch))
+    rates = schedules.exponential_decay(
+        learning_rate, int(30 * steps_per_epoch), 0.16, staircase=True
+    )
     return tensorflow.rmsprop(rates, decay=0.9, momentum=0.9, epsilon=1.0)
 
 
@@ -251,7 +254,9 @@ def efficientnet(
     steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
     if learning_rate is None:
         learning_rate = 0.016 * _positive("batch_size", batch_size) / 256
-    decayed = _staircase(learning_rate, 0.97, 2.4 * steps_per_epoch)
+    decayed = schedules.exponential_decay(
+        learning_rate, 2.4 * steps_per_epoch, 0.97, staircase=True
+    )
     warmup_steps = int(5 * steps_per_epoch)
 
     def rates(count):
@@ -329,7 +334,9 @@ def mobilenet_v3(
       torchvision, ``references/classification``, https://github.com/pytorch/vision
     """
     steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    rates = _staircase(learning_rate, 0.973, 2 * steps_per_epoch)
+    rates = schedules.exponential_decay(
+        learning_rate, 2 * steps_per_epoch, 0.973, staircase=True
+    )
     return torch.rmsprop(rates, 0.9, 0.0316, weight_decay=1e-5, momentum=0.9)
 
 
@@ -395,7 +402,9 @@ def char_rnn(
       Karpathy, ``train.lua``, https://github.com/karpathy/char-rnn
     """
     steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    decayed = _staircase(learning_rate, 0.97, steps_per_epoch)
+    decayed = schedules.exponential_decay(
+        learning_rate, steps_per_epoch, 0.97, staircase=True
+    )
 
     def rates(count):
         step = jnp.asarray(count, jnp.result_type(float))
@@ -413,15 +422,3 @@ def _linear_to_zero(learning_rate: ArrayLike, total_steps: int) -> optax.Schedul
     return optax.linear_schedule(
         learning_rate, 0.0, _positive("total_steps", total_steps)
     )
-
-
-def _staircase(
-    learning_rate: ArrayLike, factor: float, period: float
-) -> optax.Schedule:
-    """Multiply by the factor after every period, which may be a fraction of steps."""
-
-    def schedule(count):
-        periods = jnp.floor(jnp.asarray(count, jnp.result_type(float)) / period)
-        return learning_rate * factor**periods
-
-    return schedule

@@ -21,14 +21,22 @@ def _as_float(step) -> jax.Array:
     return jnp.asarray(step).astype(jnp.result_type(float))
 
 
+def _full_periods(step, period):
+    """How many periods have ended, and how many have begun, after a step."""
+    # Neither floor nor ceil of the quotient: a compiler may turn a division by a
+    # constant into a product, which can end up beside the whole number.
+    nearest = jnp.round(step / period)
+    end = nearest * period
+    ended = jnp.where(end > step, nearest - 1, nearest)
+    return ended, jnp.where(end < step, nearest + 1, nearest)
+
+
 def _periods(step, decay_steps, staircase):
     step = _as_float(step)
-    # A compiler may turn the division by a constant into a product, which can end up
-    # just below the whole number that the floor is to find.
-    return step // decay_steps if staircase else step / decay_steps
+    return _full_periods(step, decay_steps)[0] if staircase else step / decay_steps
 
 
-def _exponential_decay(
+def exponential_decay(
     initial_learning_rate, decay_steps, decay_rate, staircase=False
 ) -> Schedule:
     def schedule(step):
@@ -69,7 +77,8 @@ def _polynomial_decay(
     def schedule(step):
         step = _as_float(step)
         if cycle:
-            total = decay_steps * jnp.maximum(1, jnp.ceil(step / decay_steps))
+            _, begun = _full_periods(step, decay_steps)
+            total = decay_steps * jnp.maximum(1, begun)
         else:
             step, total = jnp.minimum(step, decay_steps), decay_steps
         remaining = jnp.power(1 - step / total, power)
@@ -108,9 +117,10 @@ def _cosine_decay_restarts(
     initial_learning_rate, first_decay_steps, t_mul=2.0, m_mul=1.0, alpha=0.0
 ) -> Schedule:
     def schedule(step):
-        fraction = _as_float(step) / first_decay_steps
+        step = _as_float(step)
+        fraction = step / first_decay_steps
         if t_mul == 1:
-            restarts = jnp.floor(fraction)
+            restarts, _ = _full_periods(step, first_decay_steps)
             fraction = fraction - restarts
         else:
             # The lengths of the periods are a geometric series.
@@ -129,7 +139,7 @@ def _cosine_decay_restarts(
 _SCHEDULES = {
     "CosineDecay": _cosine_decay,
     "CosineDecayRestarts": _cosine_decay_restarts,
-    "ExponentialDecay": _exponential_decay,
+    "ExponentialDecay": exponential_decay,
     "InverseTimeDecay": _inverse_time_decay,
     "PiecewiseConstantDecay": _piecewise_constant_decay,
     "PolynomialDecay": _polynomial_decay,

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where periods end, also if a compiler divides by multiplying."""
+
+import jax
+import numpy as np
+import pytest
+
+from optax_rms.dialects import _keras_schedules as schedules
+
+PERIODS = [7, 13, 41, 98.4, 312.5, 1251]
+
+
+def compiled(name, period, **config):
+    key = "first_decay_steps" if name == "CosineDecayRestarts" else "decay_steps"
+    return jax.jit(
+        schedules.from_config(
+            {
+                "class_name": name,
+                "config": {"initial_learning_rate": 1.0, key: period} | config,
+            }
+        )
+    )
+
+
+def steps_and_quotients(period):
+    """The steps around the ends of periods, and how many periods they are."""
+    ends = np.arange(1, 60) * period
+    steps = np.unique([np.floor(ends), np.ceil(ends), np.ceil(ends) + 1]).astype(int)
+    return zip(steps, np.float32(steps) / np.float32(period), strict=True)
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_staircase(period):
+    schedule = compiled("ExponentialDecay", period, decay_rate=0.5, staircase=True)
+    for step, quotient in steps_and_quotients(period):
+        assert schedule(step) == 0.5 ** np.floor(quotient), step
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_polynomial_cycle(period):
+    schedule = compiled("PolynomialDecay", period, end_learning_rate=0.0, cycle=True)
+    for step, quotient in steps_and_quotients(period):
+        expected = 1 - quotient / np.ceil(quotient)
+        # A quotient that rounding made whole is whole to the schedule, too.
+        np.testing.assert_allclose(schedule(step), expected, atol=1e-6, err_msg=step)
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_restarts_of_equal_length(period):
+    schedule = compiled("CosineDecayRestarts", period, t_mul=1.0, m_mul=0.5)
+    for step, quotient in steps_and_quotients(period):
+        restarts = np.floor(quotient)
+        expected = 0.5**restarts * (1 + np.cos(np.pi * (quotient - restarts))) / 2
+        # Of a fraction, the rounding of 60 periods, times the slope of the cosine.
+        np.testing.assert_allclose(
+            schedule(step), expected, rtol=0, atol=60 * 2**-24 * np.pi, err_msg=step
+        )
