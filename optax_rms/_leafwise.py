@@ -45,7 +45,7 @@ class Step(NamedTuple):
     end: Callable[..., Any]
 
 
-def chain(*steps: Step) -> optax.GradientTransformation:
+def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
     """Chain steps; the state is the tuple of their states, as in ``optax.chain``.
 
     ``None`` in place of a gradient gives ``None`` and leaves that leaf's state alone.
@@ -84,7 +84,7 @@ def chain(*steps: Step) -> optax.GradientTransformation:
         )
         return treedef.unflatten(gradients), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def single(step: Step) -> optax.GradientTransformation:

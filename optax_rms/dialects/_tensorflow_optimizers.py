@@ -211,10 +211,10 @@ def legacy_keras_rmsprop(
     )
     clip = _clipping(clipvalue, clipnorm, global_clipnorm)
 
-    def update(updates, state, params=None):
-        return tx.update(clip(updates), state, params)
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(clip(updates), state, params, **extra_args)
 
-    return optax.GradientTransformation(tx.init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _is_used(name: str, value: ArrayLike) -> bool:

@@ -323,7 +323,7 @@ def _optimizer(
         steps = jax.tree.map(_like, join(steps), updates)
         return steps, new_state
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def _is_zero(number: checks.Number) -> bool:

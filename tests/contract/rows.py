@@ -72,7 +72,12 @@ def _split(learning_rate, decay, eps):
 
 
 ROWS = [
-    Row("scale_by_rms", scale_by_rms, {"decay": 0.8, "eps": 1e-4}),
+    Row(
+        "scale_by_rms",
+        scale_by_rms,
+        {"decay": 0.8, "eps": 1e-4},
+        exceptions={"extra_arguments": "optax.scale_by_rms has none either"},
+    ),
     Row("plain", rmsprop, _RATE),
     Row("eps_outside", rmsprop, _RATE, {"eps_in_sqrt": False}),
     Row("centered", rmsprop, _RATE, {"centered": True}),

@@ -36,6 +36,15 @@ def test_chain(row):
 
 
 @every_row
+def test_extra_arguments(row):
+    """As `optax.rmsprop`, which a loop may hand the loss for what else is chained."""
+    tx = row()
+    updates, _ = tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS, value=jnp.array(1.0))
+    expected, _ = tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS)
+    assert_close(updates, expected)
+
+
+@every_row
 def test_masked(row):
     tx = optax.masked(row(), {"kernel": True, "bias": False})
     expected = dict(plain(row)[-1][0])
