@@ -86,7 +86,8 @@ def split_master_weights(
     an error of 2^-24 of the step can arise. ``optax.apply_updates`` adds float32 to
     bfloat16 only under JAX's standard dtype promotion.
 
-    Leaves of float32, float64 and complex dtype go to ``inner`` unchanged. A master
+    Derivatives do not pass through. Leaves of float32, float64 and complex dtype go to
+    ``inner`` unchanged. A master
     weight beyond the largest number of the weight's dtype, for float16 from 65520, is
     infinite. Compiled for the CPU, a step with donated buffers makes temporary copies
     of weights and residuals, because XLA computes the two in separate loops.
@@ -228,9 +229,22 @@ def master_weights(params: PyTree, state: Any) -> PyTree:
             f"none in a {type(state).__name__}."
         )
     for s in states:
-        _check_leaves(s.residual, params)
-        params = _join_tree(s.residual, params)
+        residual = _in_nodes_of(params, s.residual)
+        _check_leaves(residual, params)
+        params = _join_tree(residual, params)
     return params
+
+
+def _in_nodes_of(params: PyTree, residual: PyTree) -> PyTree:
+    """The residuals in a tree like ``params``, if all leaves have the same paths.
+
+    ``flax.nnx.Optimizer`` keeps its state in variables of a class of its own.
+    """
+    rows, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
+    own_rows = jax.tree_util.tree_leaves_with_path(residual, is_leaf=_is_absent)
+    if [path for path, _ in rows] != [path for path, _ in own_rows]:
+        return residual
+    return treedef.unflatten(leaf for _, leaf in own_rows)
 
 
 def _join_tree(residual: PyTree, params: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
@@ -553,6 +554,20 @@ def test_flax_and_equinox_apply_the_updates():
     assert_same_bits(model, train_state.params)
     moved = params["w"].astype(jnp.float32) - master_weights(model, state)["w"]
     np.testing.assert_array_equal(moved, np.full(2, 3 * 2.0**-7))
+
+
+def test_master_weights_of_an_nnx_optimizer():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    params = nnx.state(model, nnx.Param)
+    before = nnx.to_pure_dict(params)
+    tx = split_master_weights(optax.sgd(2.0**-12), 16)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    params = nnx.state(model, nnx.Param)
+    after = nnx.to_pure_dict(master_weights(params, optimizer.opt_state))
+    for name, value in before.items():
+        expected = value.astype(jnp.float32) - 2.0**-12
+        np.testing.assert_array_equal(after[name], expected)
 
 
 @bits
