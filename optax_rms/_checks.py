@@ -28,7 +28,8 @@ def check_number(
 
     Python and NumPy numbers must be finite and lie between ``low`` and ``high``. JAX
     arrays are checked for their shape only: under ``jax.vmap`` and
-    ``optax.inject_hyperparams`` they have no value yet.
+    ``optax.inject_hyperparams`` they have no value yet. But what is at most 1, the
+    weight of the past in an average, is not taken in half precision.
     """
     if np.ndim(value) > 0:
         raise ValueError(
@@ -36,6 +37,12 @@ def check_number(
             f"{np.shape(value)}; to train with many values at once, use jax.vmap."
         )
     if isinstance(value, jax.Array):
+        if high == 1 and jnp.finfo(value.dtype).bits < 32:
+            raise TypeError(
+                f"{name} must have at least 32 bits, got {value.dtype}, in which 0.999 "
+                "may be 1. optax.inject_hyperparams casts numbers to the dtype of the "
+                "parameters, unless it is given hyperparam_dtype=jnp.float32."
+            )
         return value
     if isinstance(value, np.ndarray):
         value = value.item()

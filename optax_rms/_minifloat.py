@@ -132,7 +132,7 @@ class Minifloat:
         """All fields in one word, such as ``"UE6M2@-46"`` or ``"UE6M2@-46*0.9"``."""
         sign = "S" if self.signed else "U"
         bits = f"E{self.exponent_bits}M{self.mantissa_bits}"
-        decay = "" if self.decay == 1 else f"*{self.decay!r}"
+        decay = "" if self.decay == 1 else f"*{float(self.decay)!r}"
         return f"{sign}{bits}@{self.lowest_exponent}{decay}"
 
     @classmethod

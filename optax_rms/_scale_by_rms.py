@@ -122,7 +122,8 @@ def _sum_of_weights(decay: Number, steps: Any) -> jax.Array:
         log_decay = jnp.log(decay.astype(dtype))
     else:
         log_decay = math.log(decay) if decay else -math.inf
-    total = -jnp.expm1(steps.astype(dtype) * log_decay)
+    # Not of 0 steps, which times the logarithm of a decay of 0 are NaN.
+    total = -jnp.expm1(jnp.maximum(steps, 1).astype(dtype) * log_decay)
     return jnp.where(steps == 0, 0, total)
 
 

@@ -106,6 +106,22 @@ def test_values_of_jax_arrays_are_not_looked_at(value):
         jax.jit(lambda x, name=name: build(name, x))(value)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["decay", "momentum"])
+def test_weights_of_the_past_are_not_taken_in_half_precision(name, dtype):
+    """In bfloat16 a decay of 0.999 is 1, and no gradient would count."""
+    params = jnp.ones(3, dtype)
+    options = {"learning_rate": 1e-3, name: 0.999}
+    with pytest.raises(TypeError, match=rf"decay .*{dtype}.*hyperparam_dtype"):
+        optax.inject_hyperparams(rmsprop)(**options).init(params)
+    with pytest.raises(TypeError, match=f"{name} must have at least 32 bits"):
+        build(name, jnp.asarray(0.5, dtype))
+    tx = optax.inject_hyperparams(rmsprop, hyperparam_dtype=jnp.float32)(**options)
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected, _ = rmsprop(**options).update(params, rmsprop(**options).init(params))
+    np.testing.assert_array_equal(updates, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "inside", "outside", "shown"),
     [

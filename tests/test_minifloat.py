@@ -239,6 +239,11 @@ def test_name_tells_the_format(format, decay):
     assert Minifloat.from_name(format.name) == format
 
 
+def test_a_numpy_decay_has_the_name_of_a_python_one():
+    decay = np.float64(0.99)
+    assert dataclasses.replace(UE6M2, decay=decay).name == "UE6M2@-46*0.99"
+
+
 def test_names_are_fixed():
     # Checkpoints contain them.
     assert UE6M2.name == "UE6M2@-46"

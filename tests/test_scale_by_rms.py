@@ -515,3 +515,11 @@ def test_count_does_not_overflow(centered):
     update, state = tx.update(jnp.ones(2), state)
     assert state.count == last
     assert np.isfinite(update).all()
+
+
+def test_a_decay_of_zero_has_no_nan_on_the_way():
+    gradients = jnp.array([3.0, -4.0])
+    tx = scale_by_rms(decay=0.0, eps=0.0, bias_correction=True)
+    with jax.debug_nans(True):
+        updates, _ = tx.update(gradients, tx.init(gradients))
+    np.testing.assert_allclose(updates, [1.0, -1.0], rtol=1e-6)

@@ -14,6 +14,7 @@ def clip_by_value(gradients: PyTree, limit: ArrayLike) -> PyTree:
     """Bring every element into [-limit, limit]."""
 
     def clip(g):
+        g = jnp.asarray(g)
         bound = jnp.asarray(limit, g.dtype)
         return jnp.clip(g, -bound, bound)
 
@@ -47,10 +48,11 @@ def _factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:
     return limit / jnp.maximum(norm, limit)
 
 
-def _scale(g: jax.Array, factor: jax.Array) -> jax.Array:
+def _scale(g: ArrayLike, factor: jax.Array) -> jax.Array:
     wide = _widen(g)
-    return (wide * factor.astype(wide.dtype)).astype(g.dtype)
+    return (wide * factor.astype(wide.dtype)).astype(jnp.result_type(g))
 
 
-def _widen(g: jax.Array) -> jax.Array:
+def _widen(g: ArrayLike) -> jax.Array:
+    g = jnp.asarray(g)
     return g.astype(jnp.float32) if jnp.finfo(g.dtype).bits < 32 else g

@@ -212,13 +212,16 @@ def rmsprop(
     def accumulate(gradients, state, rate, params):
         _check_shapes(gradients, state.accumulated)
         total = _map(jnp.add, gradients, state.accumulated)
-        is_step = (state.count + 1) % calls == 0
+        is_step = state.count % calls == calls - 1
+        # Operands, as what a branch closes over does not keep its sharding.
         changes, inner_state = jax.lax.cond(
             is_step,
-            lambda: step(
-                _map(lambda g: g / calls, total), state.inner_state, rate, params
-            ),
-            lambda: (_map(jnp.zeros_like, total), state.inner_state),
+            lambda total, *rest: step(_map(lambda g: g / calls, total), *rest),
+            lambda total, inner_state, *_: (_map(jnp.zeros_like, total), inner_state),
+            total,
+            state.inner_state,
+            rate,
+            params,
         )
         accumulated = jax.tree.map(
             lambda old, new: old if new is None else jnp.where(is_step, 0, new),
@@ -233,7 +236,7 @@ def rmsprop(
         mix = functools.partial(_mix, weight)
         new = jax.tree.map(mix, state.average, params, updates)
         if frequency is not None:
-            move = functools.partial(_move, (steps_before + 1) % frequency == 0)
+            move = functools.partial(_move, steps_before % frequency == frequency - 1)
             updates = jax.tree.map(move, new, params, updates)
         return updates, state._replace(average=new)
 
@@ -253,12 +256,19 @@ def rmsprop(
             state = state._replace(inner_state=inner_state)
         else:
             changes, state = accumulate(gradients, state, rate, params)
-        updates = _map(lambda u, g: u.astype(g.dtype), changes, updates)
+        updates = _map(lambda u, g: u.astype(jnp.result_type(g)), changes, updates)
         if use_ema:
             updates, state = average(updates, state, params)
-        return updates, state._replace(count=optax.safe_increment(state.count))
+        period = (calls or 1) * (frequency or 1)
+        return updates, state._replace(count=_increment(state.count, period))
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+
+
+def _increment(count, period):
+    """The next count; the largest is followed by the one a period before the next."""
+    last = count == jnp.iinfo(count.dtype).max
+    return jnp.where(last, count - (period - 1), count + 1)
 
 
 def _check_learning_rate(learning_rate):

@@ -200,12 +200,12 @@ def _weight(count: Any, decay: Any) -> float:
 
 
 def _map(function: Callable[..., np.ndarray], *trees: PyTree) -> PyTree:
-    """Map a function of NumPy arrays; the result is sharded as the first tree is."""
+    """Map a function of NumPy arrays; the result is placed as the first tree is."""
 
     def on_devices(first, *rest):
         result = function(*map(handover.to_numpy, (first, *rest)))
-        sharding = first.sharding if isinstance(first, jax.Array) else None
-        return jax.device_put(result, sharding)
+        is_placed = isinstance(first, jax.Array) and first.committed
+        return jax.device_put(result, first.sharding if is_placed else None)
 
     return jax.tree.map(on_devices, *trees)
 

@@ -159,6 +159,50 @@ def test_average_is_a_copy():
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def test_gradients_may_be_python_numbers():
+    for options in ({}, {"clipnorm": 0.5}, {"clipvalue": 0.5}, {"weight_decay": 0.1}):
+        tx = keras.rmsprop(0.1, **options)
+        numbers, arrays = {"w": 1.0}, {"w": jnp.array(1.0)}
+        expected, _ = tx.update(arrays, tx.init(arrays), arrays)
+        assert tx.update(numbers, tx.init(numbers), numbers)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected_moves"),
+    # With an average, parameters move at each step and, overwritten, at half the calls.
+    [({}, 4), ({"use_ema": True, "ema_overwrite_frequency": 2}, 8)],
+)
+def test_steps_are_counted_on_beyond_the_largest_count(options, expected_moves):
+    tx = keras.rmsprop(0.1, gradient_accumulation_steps=3, **options)
+    params = jnp.array([1.0])
+    last = jnp.iinfo(jnp.int32).max
+    counts = (last - 6, last)
+    states = [tx.init(params)._replace(count=jnp.int32(c)) for c in counts]
+    moves = 0
+    for _ in range(13):
+        (expected, states[0]), (updates, states[1]) = (
+            tx.update(params, state, params) for state in states
+        )
+        np.testing.assert_array_equal(updates, expected)
+        moves += bool(updates != 0)
+    assert moves == expected_moves
+
+
+def test_accumulation_on_an_explicit_mesh():
+    # Its name until JAX 0.7.
+    set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        params = jax.device_put(jnp.ones(8), sharding)
+        tx = keras.rmsprop(0.1, gradient_accumulation_steps=2)
+        state = tx.init(params)
+        for expected in (0, -0.1 / np.sqrt(0.1)):
+            updates, state = tx.update(params, state)
+            np.testing.assert_allclose(updates, np.full(8, expected), rtol=1e-6)
+            assert updates.sharding == sharding
+
+
 def test_hyperparameters_can_be_traced():
     params, gradients = params_and_gradients()
     options = {"momentum": 0.5, "weight_decay": 0.1, "global_clipnorm": 0.5}

@@ -182,6 +182,15 @@ def test_sharding_stays():
         assert leaf.sharding == sharding
 
 
+@pytest.mark.parametrize("convert", [dialect.import_state, dialect.export_state])
+@pytest.mark.parametrize("centered", [False, True])
+def test_what_has_no_place_gets_none(convert, centered):
+    """A state from unplaced parameters goes along with gradients on any devices."""
+    make = optax.rmsprop if convert is dialect.import_state else optax_rms.rmsprop
+    converted = convert(make(0.1, centered=centered).init(jnp.arange(16.0)))
+    assert not any(leaf.committed for leaf in jax.tree.leaves(converted))
+
+
 def centered_state(**changes):
     state = optax.ScaleByRStdDevState(
         mu={"w": jnp.ones((2, 3)), "b": jnp.ones(3)},
