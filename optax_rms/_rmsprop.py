@@ -143,8 +143,9 @@ def rmsprop(
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape
         than its parameter.
-      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
-        neither floating-point nor complex.
+      TypeError: an argument is no number or flag, or is a weight of the past in half
+        precision; in ``init`` and ``update``, a leaf is neither floating-point nor
+        complex.
 
     Example:
       Gradients of 1 and of 1e6, and a learning rate of 0.1, with the past forgotten at

@@ -239,8 +239,9 @@ def scale_by_rms(
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape
         than its parameter.
-      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
-        neither floating-point nor complex.
+      TypeError: an argument is no number or flag, or is a weight of the past in half
+        precision; in ``init`` and ``update``, a leaf is neither floating-point nor
+        complex.
 
     Example:
       A gradient of 1e-3 and one of 1e3 move their parameters alike, by

@@ -212,7 +212,7 @@ def rmsprop(
     def accumulate(gradients, state, rate, params):
         _check_shapes(gradients, state.accumulated)
         total = _map(jnp.add, gradients, state.accumulated)
-        is_step = state.count % calls == calls - 1
+        is_step = state.count % calls + 1 == calls
         # Operands, as what a branch closes over does not keep its sharding.
         changes, inner_state = jax.lax.cond(
             is_step,
