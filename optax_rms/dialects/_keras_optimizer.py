@@ -213,15 +213,18 @@ def rmsprop(
         _check_shapes(gradients, state.accumulated)
         total = _map(jnp.add, gradients, state.accumulated)
         is_step = state.count % calls + 1 == calls
+
+        def advance(total, inner_state, params):
+            mean = _map(lambda g: g / calls, total)
+            return step(mean, inner_state, rate, params)
+
+        def wait(total, inner_state, params):
+            del params
+            return _map(jnp.zeros_like, total), inner_state
+
         # Operands, as what a branch closes over does not keep its sharding.
         changes, inner_state = jax.lax.cond(
-            is_step,
-            lambda total, *rest: step(_map(lambda g: g / calls, total), *rest),
-            lambda total, inner_state, *_: (_map(jnp.zeros_like, total), inner_state),
-            total,
-            state.inner_state,
-            rate,
-            params,
+            is_step, advance, wait, total, state.inner_state, params
         )
         accumulated = jax.tree.map(
             lambda old, new: old if new is None else jnp.where(is_step, 0, new),
