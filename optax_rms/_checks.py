@@ -37,7 +37,8 @@ def check_number(
             f"{np.shape(value)}; to train with many values at once, use jax.vmap."
         )
     if isinstance(value, jax.Array):
-        if high == 1 and jnp.finfo(value.dtype).bits < 32:
+        is_half = jnp.issubdtype(value.dtype, jnp.floating) and value.itemsize < 4
+        if is_half and high == 1:
             raise TypeError(
                 f"{name} must have at least 32 bits, got {value.dtype}, in which 0.999 "
                 "may be 1. optax.inject_hyperparams casts numbers to the dtype of the "

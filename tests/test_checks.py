@@ -98,7 +98,7 @@ def test_not_a_scalar(name, value):
     assert "jax.vmap" in str(e.value)
 
 
-@pytest.mark.parametrize("value", [-1.0, jnp.nan, 2.0])
+@pytest.mark.parametrize("value", [-1.0, jnp.nan, 2.0, 1])
 def test_values_of_jax_arrays_are_not_looked_at(value):
     """They may be traced, and a check must not depend on whether they are."""
     for name in SCALARS:
