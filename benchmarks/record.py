@@ -53,7 +53,8 @@ def commit() -> str | None:
     """
     try:
         found = git("describe", "--always")
-        changed = git("status", "--porcelain", "--", ".", f":!{RESULTS}")
+        results = RESULTS.relative_to(ROOT)
+        changed = git("status", "--porcelain", "--", ".", f":(exclude){results}")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{found}-dirty" if changed else found

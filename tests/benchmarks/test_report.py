@@ -133,6 +133,27 @@ def test_saved_results_say_where_they_come_from(monkeypatch, tmp_path):
     assert {"date", "commit", "machine", "versions"} < saved.keys()
 
 
+def test_a_commit_is_marked_if_anything_but_results_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
+    assert record.commit() is None
+    record.RESULTS.mkdir(parents=True)
+    for path in (tmp_path / "code.py", record.RESULTS / "one.json"):
+        path.write_text("1")
+    for arguments in (
+        ("init", "--quiet"),
+        ("add", "."),
+        ("-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "-m", "m"),
+    ):
+        record.git(*arguments)
+    (record.RESULTS / "one.json").write_text("2")
+    (record.RESULTS / "new.json").write_text("2")
+    clean = record.commit()
+    assert clean == record.git("rev-parse", "--short", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert record.commit() == f"{clean}-dirty"
+
+
 def test_growth_picture_shows_every_side():
     sides = [side for side in figures.COLORS if side != figures.COPY]
     steps = [
