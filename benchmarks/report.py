@@ -362,9 +362,9 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "stored_roots": stored_roots,
     "aims": aims,
     "compiled": compiled,
+    "origin_compiled": lambda results: origin_of(results, "compiled"),
+    "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
 }
-for _name in ("compiled", "quality", "quality_repeated"):
-    TABLES[f"origin_{_name}"] = lambda results, name=_name: origin_of(results, name)
 OF_DEVICE: dict[str, tuple[str, Callable[..., str]]] = {
     "origin": ("", origin),
     "times": (
