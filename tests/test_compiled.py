@@ -105,4 +105,8 @@ def test_tracing_and_lowering_take_half_the_time(options):
 
     rounds = [(seconds(optax_rms), seconds(optax)) for _ in range(2)]
     ours, theirs = map(min, zip(*rounds, strict=True))
+    while ours > theirs / 2 and len(rounds) < 5:
+        # What else the machine does can lengthen a round and not shorten it.
+        rounds.append((seconds(optax_rms), seconds(optax)))
+        ours, theirs = map(min, zip(*rounds, strict=True))
     assert ours <= theirs / 2
