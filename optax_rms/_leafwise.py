@@ -63,9 +63,8 @@ def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
         scalars, trees = zip(
             *(step.begin(s) for step, s in zip(steps, state, strict=True)), strict=True
         )
-        # One argument, since a thousand leaves trace and lower a thousand calls.
-        scalars, structure = jax.tree.flatten(scalars)
-        scalars = jnp.array(scalars, jnp.result_type(float))
+        as_array = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
+        scalars = jax.tree.map(as_array, scalars)
         check_inexact_leaves("gradients", updates)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
         columns = [[treedef.flatten_up_to(tree) for tree in ts] for ts in trees]
@@ -74,7 +73,7 @@ def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
             if g is None:
                 continue
             leaves = [[column[i] for column in cs] for cs in columns]
-            gradients[i], leaves = _run(leaf_functions, structure, g, scalars, leaves)
+            gradients[i], leaves = _run(leaf_functions, g, scalars, leaves)
             for cs, new in zip(columns, leaves, strict=True):
                 for column, leaf in zip(cs, new, strict=True):
                     column[i] = leaf
@@ -104,19 +103,16 @@ def single(step: Step) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(leaf_functions, structure, g, scalars, leaves):
-    """Run all steps on one leaf; every array leaves in the dtype in which it came.
-
-    ``scalars`` is the vector of the numbers in ``structure``.
-    """
+@functools.partial(jax.jit, static_argnums=0)
+def _run(leaf_functions, g, scalars, leaves):
+    """Run all steps on one leaf; every array leaves in the dtype in which it came."""
     wide = any(jnp.finfo(x.dtype).bits == 64 for x in [g, *jax.tree.leaves(leaves)])
     real, cplx = (jnp.float64, jnp.complex128) if wide else (jnp.float32, jnp.complex64)
 
     def widen(x):
         return x.astype(cplx if jnp.iscomplexobj(x) else real)
 
-    scalars = structure.unflatten(scalars.astype(real))
+    scalars = jax.tree.map(lambda s: s.astype(real), scalars)
     dtype, g = g.dtype, widen(g)
     new_leaves = []
     for leaf_function, numbers, old in zip(
