@@ -108,11 +108,19 @@ def test_keras_takes_its_own_steps():
         np.testing.assert_allclose(x, variable.value, atol=1e-6)
 
 
-@pytest.mark.parametrize("side", [peers.EAGER, peers.FOREACH, peers.TIMM])
+@pytest.mark.parametrize(
+    "side",
+    [
+        *(peers.EAGER, peers.FOREACH, peers.TIMM),
+        *(peers.BITSANDBYTES, peers.BITSANDBYTES_8BIT),
+    ],
+)
 def test_torch_takes_steps(side):
-    require_submodule("timm.optim.rmsprop_tf") if side == peers.TIMM else require(
-        "torch"
-    )
+    package = side.split()[0].split(".")[0]
+    if package == "timm":
+        require_submodule("timm.optim.rmsprop_tf")
+    else:
+        require(package)
     leaves = peers.Leaves(SHAPES)
     run = peers.SIDES[side](leaves)
     run(2)
