@@ -270,10 +270,12 @@ def stages(results: pathlib.Path, device: str) -> str:
     if result is None:
         return f"{NOT_MEASURED}\n"
     rows = []
-    for kind in ("stages, one shape", "stages, all shapes"):
+    for kind, measured in result["measured"]["rows"].items():
+        if not kind.startswith("stages, "):
+            continue
         medians = {
             (row["n"], row["side"], stage): row[stage]["median"]
-            for row in result["measured"]["rows"][kind]
+            for row in measured
             for stage in ("trace", "lower", "compile")
             if stage in row
         }

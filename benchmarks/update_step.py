@@ -56,19 +56,21 @@ def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
     for leaves, name in progress(cells, unit="comparison"):
         sides, dtype = COMPARISONS[name]
         comparison = Comparison(peers.choose(sides, quick), dtype)
-        for row in compare(leaf_sets[leaves], comparison):
+        for row in compare(leaf_sets[leaves], comparison, 0.5 if quick else 10):
             rows.append({"leaves": leaves, "comparison": name} | row)
     return {"rows": rows}
 
 
-def compare(shapes: Shapes, comparison: Comparison) -> list[dict[str, Any]]:
+def compare(
+    shapes: Shapes, comparison: Comparison, seconds: float
+) -> list[dict[str, Any]]:
     leaves = peers.Leaves(shapes, comparison.dtype)
     runs, reasons = peers.start(comparison.sides, leaves)
     first = runs[comparison.sides[0]]
     copy = peers.Copy(first.moved_bytes)
-    seconds = alternate({COPY: copy, **runs}, peers.steps_per_round(), seconds=0.5)
+    times = alternate({COPY: copy, **runs}, peers.steps_per_round(), seconds=seconds)
     rows: list[dict[str, Any]] = [
-        {"side": COPY, "moved_bytes": copy.moved_bytes, "seconds": seconds[COPY]}
+        {"side": COPY, "moved_bytes": copy.moved_bytes, "seconds": times[COPY]}
     ]
     for side in comparison.sides:
         if side in reasons:
@@ -78,7 +80,7 @@ def compare(shapes: Shapes, comparison: Comparison) -> list[dict[str, Any]]:
             {
                 "side": side,
                 "moved_bytes": runs[side].moved_bytes,
-                "seconds": seconds[side],
+                "seconds": times[side],
                 "compile_seconds": runs[side].compile_seconds,
             }
         )

@@ -27,7 +27,7 @@ def test_update_step():
     peers_and_absent = peers.SIDES | {"absent": lambda _: peers.module("no_such")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "SIDES", peers_and_absent)
-        rows = update_step.compare(SHAPES, update_step.Comparison(sides))
+        rows = update_step.compare(SHAPES, update_step.Comparison(sides), 0.1)
     assert [row["side"] for row in rows] == [update_step.COPY, *sides]
     assert rows[-1]["not_measured"] == "not installed"
     for row in rows[:-1]:
