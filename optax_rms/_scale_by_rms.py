@@ -79,21 +79,29 @@ def _variance(g, c: _Coefficients, mu, variance):
     return variance if c.total is None else variance / c.total, mu, variance
 
 
-def _divide_eps_in_sqrt(g, x, eps):
-    return g * _zero_at_zero(jax.lax.rsqrt, x + eps).astype(g.dtype)
+def _divide_eps_in_sqrt(g, x, eps, guard):
+    return g * guard(jax.lax.rsqrt)(x + eps).astype(g.dtype)
 
 
-def _divide_eps_outside(g, x, eps):
-    root = _zero_at_zero(jnp.sqrt, x)
-    return g * _zero_at_zero(jnp.reciprocal, root + eps).astype(g.dtype)
+def _divide_eps_outside(g, x, eps, guard):
+    root = _zero_at_zero(jnp.sqrt)(x)
+    return g * guard(jnp.reciprocal)(root + eps).astype(g.dtype)
 
 
-def _zero_at_zero(function, x):
-    """``function(x)``, but 0 with derivative 0 at ``x == 0``, where it is singular."""
-    zero = x == 0
-    # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
-    root = function(jax.lax.select(zero, jnp.ones_like(x), x))
-    return jax.lax.select(zero, jnp.zeros_like(x), root)
+def _zero_at_zero(function):
+    """``function``, but 0 with derivative 0 at 0, where it is singular."""
+
+    def guarded(x):
+        zero = x == 0
+        # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
+        y = function(jax.lax.select(zero, jnp.ones_like(x), x))
+        return jax.lax.select(zero, jnp.zeros_like(x), y)
+
+    return guarded
+
+
+def _unguarded(function):
+    return function
 
 
 def _abs_square(x):
@@ -103,14 +111,15 @@ def _abs_square(x):
 
 
 @functools.cache
-def _leaf(centered: bool, eps_in_sqrt: bool):
+def _leaf(centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool):
     """The arithmetic on one leaf; one function per variant, as `leafwise.Step` asks."""
     moment = _variance if centered else _mean_square
     divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
+    guard = _zero_at_zero if eps_may_be_zero else _unguarded
 
     def leaf(g, c, *moments):
         x, *moments = moment(g, c, *moments)
-        return divide(g, x, c.eps), *moments
+        return divide(g, x, c.eps, guard), *moments
 
     return leaf
 
@@ -175,7 +184,9 @@ def rms_step(
             state = state._replace(count=optax.safe_increment(state.count))
         return state
 
-    leaf = _leaf(centered, eps_in_sqrt)
+    # Most often it is known that eps is not 0, and a guard would take a few percent.
+    eps_may_be_zero = isinstance(eps, jax.Array) or eps < jnp.finfo(jnp.float32).tiny
+    leaf = _leaf(centered, eps_in_sqrt, eps_may_be_zero)
     return leafwise.Step(state_class, init, begin, leaf, end)
 
 

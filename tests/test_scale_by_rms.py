@@ -382,6 +382,20 @@ def test_derivatives_are_finite_through_zero_gradients(variant):
         assert slopes[1] != 0
 
 
+@every_variant
+@pytest.mark.parametrize("eps", [1e-8, 1e-40, 1e-50])
+def test_zero_gradients_under_an_eps_that_is_known(eps, variant):
+    """The last two are 0 where subnormal numbers are, or in float32."""
+    tx = scale_by_rms(eps=eps, **variant)
+
+    def update(g):
+        return tx.update(g, tx.init(g))[0]
+
+    g = jnp.zeros(3)
+    np.testing.assert_array_equal(update(g), g)
+    assert np.isfinite(jax.jacrev(update)(g)).all()
+
+
 @pytest.mark.parametrize(
     "variant", [v for v in VARIANTS if v["bias_correction"]], ids=variant_id
 )
