@@ -65,6 +65,28 @@ def check_number(
     return number
 
 
+def check_steps(name: str, value: Any, low: int = 1, *, optional: bool = False) -> Any:
+    """Return a number of steps that decides the structure of the program, or ``None``.
+
+    Only if it is ``optional`` may it be ``None``.
+    """
+    if optional and value is None:
+        return None
+    either = "None or " if optional else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be {either}an int of at least {low}, got {value!r} of type "
+            f"{type(value).__name__}. It cannot be traced: under "
+            "optax.inject_hyperparams, name it in static_args."
+        )
+    number = int(value)
+    if not low <= number < 2**31:
+        raise ValueError(
+            f"{name} must be {either}at least {low} and below 2^31, got {value}."
+        )
+    return number
+
+
 def check_flag(name: str, value: object) -> bool:
     """Return ``value`` as a Python bool: flags decide the structure of the program."""
     if isinstance(value, (bool, np.bool_)):

@@ -73,7 +73,8 @@ def compress_state(
       from 0 each. Nor do the members of a ``jax.vmap`` have random bits of their own.)
     * Complex and 64-bit arrays stay as they are. What is narrower than float32, also of
       the gradients and of other fields, is widened for ``inner`` and narrowed again.
-      So let ``optax.apply_if_finite``, which insists on the dtypes of its state, wrap.
+      So let ``optax.apply_if_finite``, which insists on the dtypes of its state, wrap,
+      and ``optax.lookahead``, whose updates are not like its gradients.
     * Derivatives do not pass through codes.
     * Values that ``inner`` leaves alone, as ``optax.MultiSteps`` does between updates,
       keep their codes, unless the format has a ``decay``: then wrap what is inside.
@@ -92,14 +93,16 @@ def compress_state(
 
     Args:
       inner: any gradient transformation.
-      **formats: a format for each field that is to be compressed.
+      **formats: a format for each field that is to be compressed, signed for ``mu`` and
+        ``trace``, and wherever else numbers may be negative.
 
     Returns:
       A gradient transformation with a `CompressState`.
 
     Raises:
-      ValueError: there are no formats; in ``init``, a field does not exist or has no
-        array that can be compressed; in ``update``, the state has other formats.
+      ValueError: there are no formats, or that of ``mu`` or ``trace`` is not signed; in
+        ``init``, a field does not exist or has no array that can be compressed; in
+        ``update``, the state has other formats.
       TypeError: a format is not a `Minifloat`; in ``update``, the state is not a
         `CompressState`.
 
@@ -155,7 +158,8 @@ def decompress_state(state: Any) -> Any:
     """The float32 view of a compressed state: the state that ``inner`` would have.
 
     For reading it, for exporting it, and to go on without compression, for which it is
-    all that ``inner`` needs.
+    all that ``inner`` needs. A state that ``jax.vmap`` made needs ``jax.vmap`` here, as
+    it does in `recompress_state`.
 
     Args:
       state: a `CompressState`, or any state that contains some.
@@ -432,6 +436,12 @@ def _check_formats(formats: Mapping[str, Any]) -> None:
         raise TypeError(
             "compress_state takes fields and their formats, each a Minifloat such as "
             f"UE6M2; got {', '.join(bad)}."
+        )
+    unsigned = [f for f in ("mu", "trace") if f in formats and not formats[f].signed]
+    if unsigned:
+        raise ValueError(
+            f"the format of {' and '.join(unsigned)} must be signed, such as SE5M2 or "
+            "SE8M7: an unsigned one makes negative numbers 0."
         )
 
 

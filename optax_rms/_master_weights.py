@@ -88,9 +88,11 @@ def split_master_weights(
 
     Leaves of float32, float64 and complex dtype go to ``inner`` unchanged. A master
     weight beyond the largest number of the weight's dtype, for float16 from 65520, is
-    infinite. Derivatives do not pass through residuals. Compiled for the CPU, a step
-    with donated buffers makes temporary copies of weights and residuals, because XLA
-    computes the two in separate loops; for an H100 it is one kernel per array.
+    infinite. Derivatives do not pass through the update of a split weight. ``inner``
+    must return updates like its gradients: let ``optax.lookahead`` wrap. Compiled for
+    the CPU, a step with donated buffers makes temporary copies of weights and
+    residuals, because XLA computes the two in separate loops; for an H100 it is one
+    kernel per array.
 
     Args:
       inner: any transformation. It should be the whole optimizer, with learning rate,

@@ -127,7 +127,8 @@ def rmsprop(
         mean square about its own moving average.
       momentum: weight of the past in the momentum, in [0, 1]; ``None`` for none.
       nesterov: whether to look ahead by one momentum step.
-      bias_correction: whether to divide the averages by the sum of their weights.
+      bias_correction: whether to divide the averages by the sum of their weights. With
+        ``centered``, the first step is then as long as ``eps`` lets it be.
       lr_in_momentum: whether the learning rate is applied before the momentum buffer,
         which then has the unit of the parameters, or after it.
       accumulator_dtype: dtype of averages and momentum; ``None`` is at least float32.

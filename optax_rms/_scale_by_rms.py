@@ -84,11 +84,11 @@ def _divide_eps_in_sqrt(g, x, eps, guard):
 
 
 def _divide_eps_outside(g, x, eps, guard):
-    root = _zero_at_zero(jnp.sqrt)(x)
+    root = zero_at_zero(jnp.sqrt)(x)
     return g * guard(jnp.reciprocal)(root + eps).astype(g.dtype)
 
 
-def _zero_at_zero(function):
+def zero_at_zero(function):
     """``function``, but 0 with derivative 0 at 0, where it is singular."""
 
     def guarded(x):
@@ -115,7 +115,7 @@ def _leaf(centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool):
     """The arithmetic on one leaf; one function per variant, as `leafwise.Step` asks."""
     moment = _variance if centered else _mean_square
     divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
-    guard = _zero_at_zero if eps_may_be_zero else _unguarded
+    guard = zero_at_zero if eps_may_be_zero else _unguarded
 
     def leaf(g, c, *moments):
         x, *moments = moment(g, c, *moments)
@@ -225,12 +225,18 @@ def scale_by_rms(
     and the mean are divided by the sum of their weights, :math:`1 - \text{decay}^t`.
 
     The arithmetic is in float32, or float64 for float64 leaves; the update has the
-    gradient's dtype. Where the denominator is exactly 0, because ``eps`` is 0 and every
-    gradient so far was 0, the update and its derivative are 0.
+    gradient's dtype. Where the denominator is exactly 0, because ``eps`` is 0 and the
+    square of every gradient so far was 0, the update and its derivative are 0.
+
+    With ``centered`` and ``bias_correction``, the variance after the first step is 0,
+    as that of a single gradient is: the first update is the gradient over the root of
+    ``eps`` (over ``eps``, if not ``eps_in_sqrt``). Take an ``eps`` to match, or an
+    ``initial_scale``.
 
     Args:
       decay: weight of the past in the moving averages; a number or scalar array in
-        [0, 1], or [0, 1) with ``bias_correction``. At 0 the update is the sign of g.
+        [0, 1], or [0, 1) with ``bias_correction``. At 0, and with an ``eps`` of 0, the
+        update is the sign of g, wherever float32 has a number for its square.
       eps: added to the mean square, or outside the root to the root; at least 0. It has
         the unit of ``|g|^2`` inside the root and of ``|g|`` outside.
       initial_scale: what :math:`\nu` (:math:`s`, if centred) starts from; at least 0.

@@ -3,6 +3,9 @@
 
 Numbers were read in the code that is named, unless it says that they are from memory:
 those were not looked up, and should be before they are relied on.
+
+An epsilon, and a bound on gradients, is of their scale, and so belongs to a loss that
+is a sum or a mean over the batch, whichever the source has.
 """
 
 import jax.numpy as jnp
@@ -26,7 +29,10 @@ def dqn(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformation:
     differ: Dopamine has epsilon 1e-5 and averages from 1, for which use
     ``dialects.tensorflow.rmsprop(2.5e-4, 0.95, epsilon=1e-5, centered=True)``.
 
-    The paper also clips the temporal difference to [-1, 1], and has batches of 32.
+    The paper also clips the temporal difference to [-1, 1], and has batches of 32. The
+    code sums the loss over the batch (from memory; so does pfrl's reproduction), and
+    epsilon is of the scale of such gradients: with a mean, steps are up to 32 times as
+    short. Multiply a mean by the batch size.
 
     Args:
       learning_rate: a number or scalar array.
@@ -58,7 +64,8 @@ def impala(
 
     TensorFlow 1's dialect, where the mean square starts from 1, with a decay of 0.99,
     epsilon 0.1 and no momentum: the flags of DeepMind's ``experiment.py``, which does
-    not clip gradients.
+    not clip gradients. The loss is a sum over batch and time. A mean has gradients that
+    are smaller by as many times, next to which such an epsilon is everything.
 
     On Atari the paper has another epsilon, 0.01, and clips the global norm to 40 (both
     from memory). TorchBeast has these numbers in PyTorch's dialect:
@@ -103,6 +110,8 @@ def a3c(
     A decay of 0.99, epsilon 0.1 inside the root and no momentum: what an author of the
     paper wrote to the author of async-rl, in whose wiki it is. That the mean square
     starts from 0 is assumed. The workers share one mean square, as devices do here.
+    async-rl sums the loss over the steps between two updates: epsilon is of the scale
+    of such gradients.
 
     In the paper, the learning rate is one of many that were tried; and the gradient of
     the value is halved, which belongs to the loss.
@@ -138,8 +147,9 @@ def a2c(
     """A2C of OpenAI Baselines: clipped to a global norm of 0.5, linearly to 0.
 
     TensorFlow 1's dialect, where the mean square starts from 1, with a decay of 0.99,
-    epsilon 1e-5 and no momentum. Baselines evaluates the learning rate at the end of
-    each batch; here it is that of its beginning.
+    epsilon 1e-5 and no momentum, for a loss that is the mean over a batch. Baselines
+    evaluates the learning rate at the end of each batch; here it is that of its
+    beginning.
 
     Stable-Baselines3 has the same numbers in PyTorch's dialect, and a constant learning
     rate: ``dialects.torch.rmsprop(7e-4, 0.99, 1e-5)``. Its curves agree with the
@@ -204,10 +214,8 @@ def inception_v3(
 
       TensorFlow, ``research/inception``, https://github.com/tensorflow/models
     """
-    steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    rates = schedules.exponential_decay(
-        learning_rate, int(30 * steps_per_epoch), 0.16, staircase=True
-    )
+    steps_per_epoch = checks.check_steps("steps_per_epoch", steps_per_epoch)
+    rates = _staircase(learning_rate, 30 * steps_per_epoch, 0.16)
     return tensorflow.rmsprop(rates, decay=0.9, momentum=0.9, epsilon=1.0)
 
 
@@ -251,18 +259,16 @@ def efficientnet(
 
       TensorFlow, ``models/official/efficientnet``, https://github.com/tensorflow/tpu
     """
-    steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    if learning_rate is None:
-        learning_rate = 0.016 * _positive("batch_size", batch_size) / 256
-    decayed = schedules.exponential_decay(
-        learning_rate, 2.4 * steps_per_epoch, 0.97, staircase=True
-    )
-    warmup_steps = int(5 * steps_per_epoch)
+    steps_per_epoch = checks.check_steps("steps_per_epoch", steps_per_epoch)
+    scaled = 0.016 * checks.check_steps("batch_size", batch_size) / 256
+    rate = scaled if learning_rate is None else learning_rate
+    decayed = _staircase(rate, 2.4 * steps_per_epoch, 0.97)
+    warmup_steps = 5 * steps_per_epoch
 
     def rates(count):
         step = jnp.asarray(count, jnp.result_type(float))
         return jnp.where(
-            step < warmup_steps, learning_rate * step / warmup_steps, decayed(count)
+            step < warmup_steps, rate * step / warmup_steps, decayed(count)
         )
 
     return tensorflow.rmsprop(rates, decay=0.9, momentum=0.9, epsilon=0.001)
@@ -333,10 +339,8 @@ def mobilenet_v3(
 
       torchvision, ``references/classification``, https://github.com/pytorch/vision
     """
-    steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    rates = schedules.exponential_decay(
-        learning_rate, 2 * steps_per_epoch, 0.973, staircase=True
-    )
+    steps_per_epoch = checks.check_steps("steps_per_epoch", steps_per_epoch)
+    rates = _staircase(learning_rate, 2 * steps_per_epoch, 0.973)
     return torch.rmsprop(rates, 0.9, 0.0316, weight_decay=1e-5, momentum=0.9)
 
 
@@ -377,7 +381,8 @@ def char_rnn(
 
     The dialect of Lua's ``optim.rmsprop``, which is PyTorch's: a decay of 0.95, epsilon
     1e-8 outside the root, no momentum. Gradients are clipped element by element to
-    [-5, 5] before.
+    [-5, 5] before; they are of a loss that is the sum over the characters of a sequence
+    and the mean over the batch.
 
     Args:
       steps_per_epoch: the number of batches in the data.
@@ -401,10 +406,8 @@ def char_rnn(
 
       Karpathy, ``train.lua``, https://github.com/karpathy/char-rnn
     """
-    steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
-    decayed = schedules.exponential_decay(
-        learning_rate, steps_per_epoch, 0.97, staircase=True
-    )
+    steps_per_epoch = checks.check_steps("steps_per_epoch", steps_per_epoch)
+    decayed = _staircase(learning_rate, steps_per_epoch, 0.97)
 
     def rates(count):
         step = jnp.asarray(count, jnp.result_type(float))
@@ -413,12 +416,14 @@ def char_rnn(
     return optax.chain(optax.clip(5.0), torch.rmsprop(rates, 0.95, 1e-8))
 
 
-def _positive(name: str, value: int) -> int:
-    checks.check_number(name, value, exclude_low=True)
-    return value
-
-
 def _linear_to_zero(learning_rate: ArrayLike, total_steps: int) -> optax.Schedule:
-    return optax.linear_schedule(
-        learning_rate, 0.0, _positive("total_steps", total_steps)
-    )
+    learning_rate = checks.check_number("learning_rate", learning_rate)
+    total_steps = checks.check_steps("total_steps", total_steps)
+    return optax.linear_schedule(learning_rate, 0.0, total_steps)
+
+
+def _staircase(
+    learning_rate: ArrayLike, period: float, factor: float
+) -> optax.Schedule:
+    learning_rate = checks.check_number("learning_rate", learning_rate)
+    return schedules.exponential_decay(learning_rate, period, factor, staircase=True)

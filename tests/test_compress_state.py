@@ -726,6 +726,10 @@ def test_formats_are_checked():
     )
     assert "mu=<class" in message
     assert "nu='UE6M2'" in message
+    for field in ("mu", "trace"):
+        fields = {field: UE6M2}
+        message = message_of(ValueError, compress_state, optax.sgd(1), **fields)
+        assert f"format of {field} must be signed" in message
 
 
 def test_other_states_are_errors():

@@ -202,3 +202,9 @@ def test_every_recipe_is_tested():
 def test_a_schedule_needs_steps(recipe):
     with pytest.raises(ValueError, match=r"steps.* must be"):
         recipe(0)
+    with pytest.raises(ValueError, match=r"steps.* must be"):
+        recipe(2**31)
+    with pytest.raises(TypeError, match=r"steps.* must be an int.*static_args"):
+        recipe(4.8e-4)
+    with pytest.raises(ValueError, match="learning_rate must be"):
+        recipe(1000, learning_rate=-1.0)

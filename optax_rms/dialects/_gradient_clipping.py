@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_rms._scale_by_rms import zero_at_zero
+
 PyTree = Any
 
 
@@ -40,7 +42,8 @@ def clip_by_global_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
 def _norm(tree: PyTree) -> jax.Array:
     dtype = jnp.result_type(float)
     squares = [jnp.sum(jnp.square(jnp.abs(_widen(g)))) for g in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype)))
+    total = sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype))
+    return zero_at_zero(jnp.sqrt)(total)
 
 
 def _factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:

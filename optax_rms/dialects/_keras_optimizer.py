@@ -3,7 +3,6 @@
 
 import functools
 import inspect
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -189,8 +188,12 @@ def rmsprop(
     clip = _clipping(clipnorm, clipvalue, global_clipnorm)
     use_ema = checks.check_flag("use_ema", use_ema)
     ema_momentum = checks.check_number("ema_momentum", ema_momentum, 0, 1)
-    frequency = _check_steps("ema_overwrite_frequency", ema_overwrite_frequency, 1)
-    calls = _check_steps("gradient_accumulation_steps", gradient_accumulation_steps, 2)
+    frequency = checks.check_steps(
+        "ema_overwrite_frequency", ema_overwrite_frequency, optional=True
+    )
+    calls = checks.check_steps(
+        "gradient_accumulation_steps", gradient_accumulation_steps, 2, optional=True
+    )
 
     def init(params) -> Any:
         return RMSpropState(
@@ -288,21 +291,6 @@ def _check_learning_rate(learning_rate):
     return schedules.from_object(learning_rate)
 
 
-def _check_steps(name: str, value: Any, low: int) -> int | None:
-    """Return a number of steps that decides the structure of the program."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be None or an int of at least {low}, got {value!r} of type "
-            f"{type(value).__name__}. It cannot be traced: under "
-            "optax.inject_hyperparams, name it in static_args."
-        )
-    if value < low:
-        raise ValueError(f"{name} must be None or at least {low}, got {value}.")
-    return int(value)
-
-
 def _check_some_gradient(gradients: PyTree) -> None:
     leaves = jax.tree.leaves(gradients, is_leaf=lambda g: g is None)
     if leaves and all(g is None for g in leaves):
@@ -366,6 +354,7 @@ def _add(factor, u, p, is_excluded=False):
 
 def _mix(weight, average, p, u):
     """The average after the parameters have moved by ``u``, if anywhere."""
+    p = jnp.asarray(p)
     if u is not None:
         p = (_as(average, p) + _as(average, u)).astype(p.dtype)
     weight = _as(average, weight)

@@ -95,6 +95,8 @@ def read(
     for i, (name, other) in enumerate(zip(found.names, expected, strict=False)):
         if name != other:
             problems.add(f"variable {i} must be {other!r}, got {name!r}")
+    if not given:
+        problems.add("there are no trainable variables. Is the optimizer built?")
     count = len(scalars) + len(slots) * len(given)
     if len(found.values) != count:
         problems.add(

@@ -126,7 +126,7 @@ def check_variances(
 ) -> None:
     """A mean square is at least the squared mean, but for the rounding."""
     for variable, squares in mean_square.items():
-        if np.any(squares < 0.5 * np.square(mean[variable])):
+        if handover.is_less_than_square(squares, mean[variable]):
             problems.add(
                 f"{variable} has a slot rms that is much less than the square of its "
                 "slot mg; have slots been swapped?"

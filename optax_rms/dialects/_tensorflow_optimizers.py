@@ -123,7 +123,8 @@ def legacy_keras_rmsprop(
       \theta_t &= \theta_{t-1}
         - \text{learning_rate}_t \, g_t / (\sqrt{v_t} + \text{epsilon})
 
-    and with momentum, or an array as ``momentum`` even if its value is 0,
+    and with momentum, or an array as ``momentum`` even if its value is 0 (which
+    ``optax.inject_hyperparams`` makes of it, unless it is named in ``static_args``),
 
     .. math::
       b_t &= \text{momentum} \, b_{t-1}

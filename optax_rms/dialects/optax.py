@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSProp as Optax has it, and states handed over from and to it.
 
-Without ``centered`` there is nothing to hand over: ``optax.rmsprop`` has the same state
-as ``optax_rms.rmsprop``.
+Without ``centered``, and with parameters of at least float32, there is nothing to hand
+over: ``optax.rmsprop`` has the same state as ``optax_rms.rmsprop``.
 """
 
 import math
@@ -188,7 +188,8 @@ def _check_state(problems, where, state, decay) -> None:
             mu, nu = column.values()
             if mu is None or nu is None:
                 continue
-            if np.any(np.real(nu) < 0.5 * np.square(np.abs(mu))):
+            dtype = jax.tree.leaves(fields["nu"])[0].dtype
+            if handover.is_less_than_square(np.real(nu), mu, dtype):
                 problems.add(f"{' is more than the root of '.join(column)}; swapped?")
 
 

@@ -53,6 +53,8 @@ def import_state(
       learning_rate: a number, array, or schedule in place of the ``lr`` in the state
         dict, or a list with one for each group, ``None`` for ``lr``. A schedule is not
         started anew: it continues at the number of steps that the optimizer has taken.
+        A momentum that PyTorch's ``OneCycleLR`` or ``CyclicLR`` varies stays as it is
+        in the state dict.
 
     Returns:
       The transformation, and its state, which continue the run: with ``param_groups``

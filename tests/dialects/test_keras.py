@@ -130,6 +130,18 @@ def test_gradients_that_are_small_in_half_precision():
     assert updates["a"][1] < updates["a"][2] < 0
 
 
+@pytest.mark.parametrize("option", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_derivatives_are_finite_where_a_norm_is_zero(option):
+    tx = keras.rmsprop(0.1, **{option: 1.0})
+
+    def update(g):
+        return tx.update(g, tx.init(g))[0]
+
+    slopes = jax.jacrev(update)(jnp.zeros(3))
+    # One step of 0.1 from an epsilon of 1e-7.
+    np.testing.assert_allclose(slopes, -0.1 / np.sqrt(1e-7) * np.eye(3), rtol=1e-6)
+
+
 def test_average_can_be_read_within_a_chain():
     params, gradients = params_and_gradients()
     tx = optax.chain(optax.clip(1.0), keras.rmsprop(use_ema=True))
@@ -160,7 +172,13 @@ def test_average_is_a_copy():
 
 
 def test_gradients_may_be_python_numbers():
-    for options in ({}, {"clipnorm": 0.5}, {"clipvalue": 0.5}, {"weight_decay": 0.1}):
+    for options in (
+        {},
+        {"clipnorm": 0.5},
+        {"clipvalue": 0.5},
+        {"weight_decay": 0.1},
+        {"use_ema": True},
+    ):
         tx = keras.rmsprop(0.1, **options)
         numbers, arrays = {"w": 1.0}, {"w": jnp.array(1.0)}
         expected, _ = tx.update(arrays, tx.init(arrays), arrays)

@@ -208,6 +208,20 @@ def mean_square(nu):
     return (optax.ScaleByRmsState(nu=nu), optax.EmptyState(), optax.EmptyState())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tiny"),
+    [(jnp.float32, 1e-20), (jnp.float16, 1e-4), (jnp.bfloat16, 1e-20)],
+)
+def test_squares_that_underflow_are_no_damage(dtype, tiny):
+    gradients = jnp.array([1.0, tiny, 0.0], dtype)
+    theirs = optax.rmsprop(0.1, centered=True)
+    state = theirs.init(gradients)
+    for _ in range(3):
+        _, state = theirs.update(gradients, state)
+    assert state[0].nu[1] == 0 < state[0].mu[1]
+    assert dialect.import_state(state)[0].variance[1] == 0
+
+
 W, B = jnp.full((2, 3), 4.0), jnp.full(3, 4.0)
 DAMAGE = {
     "adam": (optax.adam(0.1).init(jnp.ones(3)), {}, "no state of RMSProp"),

@@ -367,6 +367,12 @@ class TestDamage:
         with pytest.raises(ValueError, match=message):
             import_graph(damage(graph()), **arguments)
 
+    def test_squares_that_underflow_are_no_damage(self):
+        variables = graph(centered=True)
+        variables["dense/bias/RMSProp"] = full(0.0, (3,))
+        variables["dense/bias/RMSProp_1"] = full(1e-19, (3,))
+        import_graph(variables, centered=True)
+
     def test_swapped_slots(self):
         variables = graph(centered=True)
         variables["dense/bias/RMSProp"] = full(0.25, (3,))

@@ -304,5 +304,7 @@ def test_other_objects_of_keras(saved):
         dialect.import_state(model, flat)
     with pytest.raises(ValueError, match="Is the optimizer built"):
         dialect.import_state(keras.optimizers.RMSprop(), flat, names_of(model))
+    with pytest.raises(ValueError, match=r"trainable variables\. Is the"):
+        dialect.import_state(keras.optimizers.RMSprop(), flat)
     with pytest.raises(FileNotFoundError):
         dialect.import_state("no such file.keras", flat, names_of(model))
