@@ -3,14 +3,14 @@
 and of tracing, lowering and compiling, with the number of leaves.
 
 A thousand leaves of one shape are the best case for a library that traces a shape once;
-a thousand of different shapes are the worst; models are in between.
+a thousand of different shapes are the worst.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.leaves import LEAF_SETS, Shapes
+from benchmarks.leaves import Shapes
 from benchmarks.peers import SIDES, Leaves
 from benchmarks.timing import alternate, summary
 from benchmarks.update_step import COPY
@@ -47,8 +47,6 @@ def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
         for n in counts
         if n <= MOST_SHAPES
     ]
-    models = [] if quick else ["ResNet-50", "GPT-2 124M"]
-    points += [(f"stages, {m}", len(LEAF_SETS[m]), LEAF_SETS[m]) for m in models]
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind, _, _ in points}
     for kind, n, shapes in progress(points, unit="point"):
         if kind.startswith("stages"):

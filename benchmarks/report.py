@@ -20,12 +20,14 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks.leaves import LEAF_SETS
 from benchmarks.record import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 IMAGES = ROOT / "docs" / "images"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 DEVICES = ("cpu", "h100", "h200")
+STAGES = ("trace", "lower", "compile")
 NOT_MEASURED = "not measured"
 
 LOSSES = ("train_loss", "validation_loss")
@@ -266,27 +268,29 @@ def stored_roots(results: pathlib.Path) -> str:
 
 def stages(results: pathlib.Path, device: str) -> str:
     """Time of `optax_rms.rmsprop` before its first step, over that of Optax."""
-    result = read(results, f"growth.{device}")
-    if result is None:
+    grown, steps = (read(results, f"{p}.{device}") for p in ("growth", "update_step"))
+    if grown is None or steps is None:
         return f"{NOT_MEASURED}\n"
+    names = {"one shape": "one shape", "all shapes": "all different"}
+    samples: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    for kind, name in names.items():
+        for row in grown["measured"]["rows"][f"stages, {kind}"]:
+            cell = samples.setdefault((name, f"{row['n']:,}"), {})
+            times = [row[stage]["median"] for stage in STAGES]
+            cell.setdefault(row["side"], []).append(times)
+    for row in steps["measured"]["rows"]:
+        if times := row.get("compile_seconds"):
+            count = len(LEAF_SETS.get(row["leaves"], []))
+            cell = samples.setdefault((row["leaves"], f"{count:,}"), {})
+            cell.setdefault(row["side"], []).append([times.get(s, 0) for s in STAGES])
     rows = []
-    for kind, measured in result["measured"]["rows"].items():
-        if not kind.startswith("stages, "):
-            continue
-        medians = {
-            (row["n"], row["side"], stage): row[stage]["median"]
-            for row in measured
-            for stage in ("trace", "lower", "compile")
-            if stage in row
-        }
-        for n in dict.fromkeys(n for n, _, _ in medians):
-            ours, theirs = (
-                [medians[n, side, stage] for stage in ("trace", "lower", "compile")]
-                for side in ("optax_rms.rmsprop", "optax.rmsprop")
-            )
-            ratios = sum(ours[:2]) / sum(theirs[:2]), ours[2] / theirs[2]
-            name = kind.removeprefix("stages, ").replace("all shapes", "all different")
-            rows.append((name, f"{n:,}", *(f"{ratio:.2f}" for ratio in ratios)))
+    for cell, sides in samples.items():
+        (*ours, our_compile), (*theirs, their_compile) = (
+            map(statistics.median, zip(*sides[side], strict=True))
+            for side in ("optax_rms.rmsprop", "optax.rmsprop")
+        )
+        ratios = sum(ours) / sum(theirs), our_compile / their_compile
+        rows.append((*cell, *(f"{ratio:.2f}" for ratio in ratios)))
     return markdown(("shapes", "leaves", "trace and lower", "compile"), rows)
 
 
