@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-Number = float | jax.Array
+from optax_rms._leaf_names import leaf_name
+from optax_rms._types import Number
 
 
 def check_number(
@@ -134,7 +135,7 @@ def check_inexact_leaves(what: str, tree: Any) -> None:
     if all(map(_is_inexact, jax.tree.leaves(tree))):
         return
     bad = [
-        f"{_path_name(path)} ({_dtype_name(leaf)})"
+        f"{leaf_name(path)} ({_dtype_name(leaf)})"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if not _is_inexact(leaf)
     ]
@@ -163,7 +164,7 @@ def check_state_shapes(
         return
     paths = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda g: g is None)
     lines = [
-        f"{_path_name(paths[i][0])} has shape {np.shape(gradients[i])}, its state "
+        f"{leaf_name(paths[i][0])} has shape {np.shape(gradients[i])}, its state "
         f"{[getattr(column[i], 'shape', column[i]) for column in flat]}"
         for i in bad
     ]
@@ -206,10 +207,6 @@ def _dtype_name(leaf: Any) -> str:
         return str(jnp.result_type(leaf))
     except TypeError:
         return type(leaf).__name__
-
-
-def _path_name(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "the only leaf"
 
 
 def _names(classes: Any) -> str:

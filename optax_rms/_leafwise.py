@@ -20,8 +20,7 @@ from optax_rms._checks import (
     check_state_classes,
     check_state_shapes,
 )
-
-PyTree = Any
+from optax_rms._types import PyTree
 
 
 class Step(NamedTuple):

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
 from optax_rms import _leafwise as leafwise
-from optax_rms._checks import Number
+from optax_rms._numerics import zero_at_zero
+from optax_rms._types import Number
 
 
 class ScaleByStddevState(NamedTuple):
@@ -86,18 +87,6 @@ def _divide_eps_in_sqrt(g, x, eps, guard):
 def _divide_eps_outside(g, x, eps, guard):
     root = zero_at_zero(jnp.sqrt)(x)
     return g * guard(jnp.reciprocal)(root + eps).astype(g.dtype)
-
-
-def zero_at_zero(function):
-    """``function``, but 0 with derivative 0 at 0, where it is singular."""
-
-    def guarded(x):
-        zero = x == 0
-        # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
-        y = function(jax.lax.select(zero, jnp.ones_like(x), x))
-        return jax.lax.select(zero, jnp.zeros_like(x), y)
-
-    return guarded
 
 
 def _unguarded(function):

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 from optax_rms import _rmsprop
-from optax_rms.dialects import _keras_schedules as schedules
 from optax_rms.dialects import tensorflow, torch
+from optax_rms.dialects.keras import _schedules as schedules
 
 
 def dqn(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformation:

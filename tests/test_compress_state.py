@@ -16,13 +16,14 @@ import pytest
 from trajectory import x64
 
 from optax_rms import rmsprop
-from optax_rms._compress_state import (
+from optax_rms.monitoring import count_extremes
+from optax_rms.storage._compress_state import (
     compress_state,
-    count_extremes,
     decompress_state,
     recompress_state,
 )
-from optax_rms._minifloat import SE5M2, SE8M7, UE6M2, UE8M8, Minifloat, rounding_bits
+from optax_rms.storage._formats import SE5M2, SE8M7, UE6M2, UE8M8, Minifloat
+from optax_rms.storage._rounding import rounding_bits
 
 
 def params():

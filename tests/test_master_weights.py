@@ -21,14 +21,16 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
-from optax_rms import _master_weights, rmsprop
-from optax_rms._compress_state import compress_state
-from optax_rms._master_weights import (
+from optax_rms import rmsprop
+from optax_rms.storage import _master_weights
+from optax_rms.storage._compress_state import compress_state
+from optax_rms.storage._formats import UE6M2
+from optax_rms.storage._master_weights import (
     MasterWeightsState,
     master_weights,
     split_master_weights,
 )
-from optax_rms._minifloat import UE6M2, rounding_bits
+from optax_rms.storage._rounding import rounding_bits
 
 HALVES = [jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)]
 SIGNIFICANT_BITS = {HALVES[0]: 8, HALVES[1]: 11}

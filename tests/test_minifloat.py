@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optax_rms._minifloat import (
+from optax_rms.storage._formats import (
     _GOLDEN,
     SE5M2,
     SE8M7,
@@ -20,8 +20,8 @@ from optax_rms._minifloat import (
     UE8M8,
     Minifloat,
     _mix,
-    rounding_bits,
 )
+from optax_rms.storage._rounding import rounding_bits
 
 FORMATS = [
     UE6M2,

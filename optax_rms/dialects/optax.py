@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import optax
 
+from optax_rms._leaf_names import dotted_name
 from optax_rms._rmsprop import rmsprop as rmsprop
 from optax_rms._scale_by_rms import ScaleByStddevState
-from optax_rms.dialects import _handover as handover
-
-PyTree = Any
+from optax_rms._types import PyTree
+from optax_rms.dialects._shared import reading, variances
+from optax_rms.dialects._shared.problems import Problems
 
 # Optax exports the two classes without a count only.
 _Rms: Any = optax.ScaleByRmsState
@@ -146,13 +147,13 @@ def _check(opt_state: PyTree, decay: Any, verb: str, centered: tuple[Any, ...]) 
 
     ``centered`` are the classes that centred RMSProp may have in it.
     """
-    problems = handover.Problems(f"the state cannot be {verb}")
+    problems = Problems(f"the state cannot be {verb}")
     states = jax.tree.leaves_with_path(opt_state, is_leaf=_is_rmsprop)
     states = [(path, state) for path, state in states if _is_rmsprop(state)]
     if not states:
         problems.add(f"there is no state of RMSProp in {jax.tree.structure(opt_state)}")
     for path, state in states:
-        where = handover.leaf_name(path) if path else "the state"
+        where = dotted_name(path) if path else "the state"
         if not isinstance(state, (_Rms, _RmsWithCount, *centered)):
             problems.add(f"{where} is {type(state).__name__} already")
             continue
@@ -164,20 +165,20 @@ def _check_state(problems, where, state, decay) -> None:
     fields = state._asdict()
     count = fields.pop("count", None)
     if count is not None:
-        problems.attempt(handover.read_count, f"{where}.count", count)
+        problems.attempt(reading.read_count, f"{where}.count", count)
         if "mu" in fields and decay is None:
             problems.add(
                 f"{where} has bias correction; pass the decay of the optimizer"
             )
         elif "mu" in fields:
             bounds = {"high": 1, "exclude_high": True}
-            problems.attempt(handover.read_number, "decay", decay, **bounds)
+            problems.attempt(reading.read_number, "decay", decay, **bounds)
     columns = {}
     for field, tree in fields.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
-            name = f"{where}.{field}" + (f".{handover.leaf_name(path)}" if path else "")
+            name = f"{where}.{field}" + (f".{dotted_name(path)}" if path else "")
             array = problems.attempt(
-                handover.read_array, name, leaf, nonnegative=field != "mu"
+                reading.read_array, name, leaf, nonnegative=field != "mu"
             )
             columns.setdefault(str(path), {})[name] = array
     for column in columns.values():
@@ -189,7 +190,7 @@ def _check_state(problems, where, state, decay) -> None:
             if mu is None or nu is None:
                 continue
             dtype = jax.tree.leaves(fields["nu"])[0].dtype
-            if handover.is_less_than_square(np.real(nu), mu, dtype):
+            if variances.is_less_than_square(np.real(nu), mu, dtype):
                 problems.add(f"{' is more than the root of '.join(column)}; swapped?")
 
 
@@ -204,7 +205,7 @@ def _map(function: Callable[..., np.ndarray], *trees: PyTree) -> PyTree:
     """Map a function of NumPy arrays; the result is placed as the first tree is."""
 
     def on_devices(first, *rest):
-        result = function(*map(handover.to_numpy, (first, *rest)))
+        result = function(*map(reading.to_numpy, (first, *rest)))
         is_placed = isinstance(first, jax.Array) and first.committed
         return jax.device_put(result, first.sharding if is_placed else None)
 
@@ -212,7 +213,7 @@ def _map(function: Callable[..., np.ndarray], *trees: PyTree) -> PyTree:
 
 
 def _variance(nu: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:
-    return handover.variance(np.real(nu), math.sqrt(weight) * np.abs(_widen(mu)))
+    return variances.variance(np.real(nu), math.sqrt(weight) * np.abs(_widen(mu)))
 
 
 def _mean_square(variance: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:

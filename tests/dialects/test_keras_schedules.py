@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from optax_rms.dialects import _keras_schedules as schedules
+from optax_rms.dialects.keras import _schedules as schedules
 
 PERIODS = [7, 13, 41, 98.4, 312.5, 1251]
 

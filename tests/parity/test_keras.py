@@ -24,9 +24,9 @@ from keras_runs import (
 )
 from reference import DIALECTS, gradient_stream, rmsprop
 
-from optax_rms.dialects import _handover as handover
-from optax_rms.dialects import _keras_schedules as schedules
 from optax_rms.dialects import keras as dialect
+from optax_rms.dialects._shared import chain_state
+from optax_rms.dialects.keras import _schedules as schedules
 
 pytestmark = [
     pytest.mark.parity,
@@ -37,7 +37,7 @@ pytestmark = [
 
 def slots_of(state):
     """The state in Keras' words and units."""
-    fields = handover.fields(state.inner_state)
+    fields = chain_state.fields(state.inner_state)
     slots = {
         "average": state.average,
         "gradient_accumulator": state.accumulated,

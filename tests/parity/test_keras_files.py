@@ -13,8 +13,8 @@ import pytest
 from frameworks import require
 from keras_runs import keras
 
-from optax_rms.dialects import _handover as handover
 from optax_rms.dialects import keras as dialect
+from optax_rms.dialects._shared import chain_state
 
 h5py = require("h5py")
 
@@ -112,7 +112,7 @@ def test_optimizer_given_by_name(tmp_path):
     model.save(tmp_path / "model.keras")
     tx, state = dialect.import_state(tmp_path / "model.keras", flat, names_of(model))
     assert state.count == 0
-    params = handover.fields(state.inner_state)["nu"]
+    params = chain_state.fields(state.inner_state)["nu"]
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state)
     for update in jax.tree.leaves(updates):
         np.testing.assert_allclose(update, -0.25 / np.sqrt(0.1 + 1e-7), rtol=1e-6)

@@ -12,8 +12,8 @@ import reference
 import tensorflow_golden as golden
 from trajectory import rounding_bound
 
-from optax_rms.dialects import _gradient_clipping as clipping
 from optax_rms.dialects import tensorflow
+from optax_rms.dialects._shared import clipping
 
 # The worst difference that counts as agreement, relative to the length of the path, and
 # the least that counts as disagreement.

@@ -11,14 +11,15 @@ import numpy as np
 import optax
 
 from optax_rms._scale_by_rms import ScaleByStddevState
-from optax_rms.dialects import _handover as handover
-from optax_rms.dialects import _tensorflow_checkpoint as checkpoint
-from optax_rms.dialects._tensorflow_optimizers import (
+from optax_rms._types import PyTree
+from optax_rms.dialects._shared import chain_state, reading, variances
+from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.problems import Problems
+from optax_rms.dialects.tensorflow import _saved as checkpoint
+from optax_rms.dialects.tensorflow._optimizers import (
     legacy_keras_rmsprop as legacy_keras_rmsprop,
 )
-from optax_rms.dialects._tensorflow_optimizers import rmsprop as rmsprop
-
-PyTree = Any
+from optax_rms.dialects.tensorflow._optimizers import rmsprop as rmsprop
 
 
 def import_state(
@@ -85,7 +86,7 @@ def import_state(
       (3, 2) -0.5
     """
     found = checkpoint.find_optimizer(variables, optimizer)
-    problems = handover.Problems("the variables cannot be imported")
+    problems = Problems("the variables cannot be imported")
     if dialect is legacy_keras_rmsprop:
         stored = checkpoint.read_hyperparameters(problems, variables, found)
         hyperparameters = stored | hyperparameters
@@ -120,7 +121,7 @@ def import_state(
             return np.full_like(like, fresh[slot])
         key = slots[name][slot]
         return problems.attempt(
-            handover.read_array, key, variables[key], like, nonnegative=slot == "rms"
+            reading.read_array, key, variables[key], like, nonnegative=slot == "rms"
         )
 
     arrays = {
@@ -131,13 +132,13 @@ def import_state(
     if "mg" in arrays:
         checkpoint.check_variances(problems, arrays["rms"], arrays["mg"])
     problems.raise_any()
-    convert_slot = handover.Converter("convert", convert, likes)
+    convert_slot = Converter("convert", convert, likes)
     new = _to_fields({slot: convert_slot(slot, tree) for slot, tree in arrays.items()})
     if "count" in fields:
         new["count"] = np.array(step, np.int32)
     new = jax.tree.map(jnp.asarray, new)
     state = tx.init(new["mu" if "mu" in new else "nu"])
-    return tx, handover.with_fields(state, new)
+    return tx, chain_state.with_fields(state, new)
 
 
 def export_state(
@@ -192,7 +193,7 @@ def export_state(
       dense/kernel/RMSProp_1 (2, 3) 0.1265
     """
     fields = _fields(state)
-    problems = handover.Problems("the state cannot be exported")
+    problems = Problems("the state cannot be exported")
     found = checkpoint.find_optimizer(like, optimizer)
     trees = _to_slots(fields)
     slots = found.slots(like, "mg" in trees)
@@ -202,7 +203,7 @@ def export_state(
     checkpoint.check_slots(problems, found, slots, trees.keys())
     problems.raise_any()
     template = jax.tree.map(jnp.asarray, trees["rms"])
-    convert_slot = handover.Converter("convert_back", convert_back, template)
+    convert_slot = Converter("convert_back", convert_back, template)
     columns = {slot: convert_slot(slot, tree) for slot, tree in trees.items()}
     _check_names(problems, columns["rms"], slots)
     problems.raise_any()
@@ -216,7 +217,7 @@ def export_state(
     problems.raise_any()
     step = checkpoint.step_name(like, found)
     if "count" in fields and step is not None:
-        result[step] = fields["count"].astype(handover.to_numpy(like[step]).dtype)
+        result[step] = fields["count"].astype(reading.to_numpy(like[step]).dtype)
     return result
 
 
@@ -242,14 +243,14 @@ def _fields(state: Any) -> dict[str, Any]:
             "time, and those rates are not known. Hand the state over to PyTorch, or "
             "train with lr_in_momentum=True"
         )
-    return jax.tree.map(handover.to_numpy, handover.fields(state))
+    return jax.tree.map(reading.to_numpy, chain_state.fields(state))
 
 
 def _to_slots(fields: dict[str, Any]) -> dict[str, Any]:
     """Trees of TensorFlow's slots, by its names."""
     if "variance" in fields:
         mean, variance = fields["mu"], fields["variance"]
-        squares = jax.tree.map(handover.mean_square, variance, mean)
+        squares = jax.tree.map(variances.mean_square, variance, mean)
         slots = {"rms": squares, "mg": mean}
     else:
         slots = {"rms": fields["nu"]}
@@ -261,7 +262,7 @@ def _to_slots(fields: dict[str, Any]) -> dict[str, Any]:
 def _to_fields(slots: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `_to_slots`."""
     if "mg" in slots:
-        variance = jax.tree.map(handover.variance, slots["rms"], slots["mg"])
+        variance = jax.tree.map(variances.variance, slots["rms"], slots["mg"])
         fields = {"mu": slots["mg"], "variance": variance}
     else:
         fields = {"nu": slots["rms"]}

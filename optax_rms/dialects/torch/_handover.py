@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_rms._leaf_names import dotted_name
 from optax_rms._scale_by_rms import ScaleByStddevState
-from optax_rms.dialects import _handover as handover
-from optax_rms.dialects import _torch_optimizers as optimizers
-from optax_rms.dialects import _torch_state_dict as state_dicts
-from optax_rms.dialects._torch_optimizers import LearningRate
-from optax_rms.dialects._torch_optimizers import rmsprop as rmsprop
-from optax_rms.dialects._torch_optimizers import rmsprop_tf as rmsprop_tf
+from optax_rms._types import PyTree
+from optax_rms.dialects._shared import chain_state, reading, variances
+from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.problems import Problems
+from optax_rms.dialects.torch import _optimizers as optimizers
+from optax_rms.dialects.torch import _saved as state_dicts
+from optax_rms.dialects.torch._optimizers import LearningRate
+from optax_rms.dialects.torch._optimizers import rmsprop as rmsprop
+from optax_rms.dialects.torch._optimizers import rmsprop_tf as rmsprop_tf
 
-PyTree = Any
 Arrays = dict[str, np.ndarray]
 
 _SLOTS = ("square_avg", "momentum_buffer", "grad_avg")
@@ -97,7 +100,7 @@ def import_state(
       26
     """
     saved = state_dicts.read(state_dict, names)
-    problems = handover.Problems("the state dict cannot be imported")
+    problems = Problems("the state dict cannot be imported")
     settings = _with_rates(problems, saved.groups, learning_rate)
     for name, parameter in saved.parameters.items():
         if parameter.template is None:
@@ -105,7 +108,7 @@ def import_state(
                 f"{name!r} had no step yet, so that its shape is unknown; let names be "
                 "a mapping from names to parameters"
             )
-        elif saved.is_timm and np.iscomplexobj(handover.to_numpy(parameter.template)):
+        elif saved.is_timm and np.iscomplexobj(reading.to_numpy(parameter.template)):
             problems.add(
                 f"{name!r} is complex; timm squares complex gradients without taking "
                 "their modulus, so that its square_avg is of no use"
@@ -113,7 +116,7 @@ def import_state(
     problems.raise_any()
 
     parameters = saved.parameters.values()
-    converter = handover.Converter(
+    converter = Converter(
         "convert", convert, _named(saved, [p.template for p in parameters])
     )
     columns = [_from_torch(p, settings[p.group], saved.is_timm) for p in parameters]
@@ -181,12 +184,12 @@ def export_state(
     for slot in _SLOTS:
         if any(slot in part.slots for part in parts):
             trees[slot] = _merge([part.slots.get(slot, part.zeros) for part in parts])
-    converter = handover.Converter("convert_back", convert_back, trees["square_avg"])
+    converter = Converter("convert_back", convert_back, trees["square_avg"])
     columns = {slot: converter(slot, tree) for slot, tree in trees.items()}
 
     if not isinstance(columns["square_avg"], Mapping):
         raise ValueError("convert_back must return a mapping from names to arrays")
-    problems = handover.Problems("the state cannot be exported")
+    problems = Problems("the state cannot be exported")
     for name in saved.parameters.keys() - columns["square_avg"].keys():
         problems.add(f"convert_back returned no {name!r}, which is in like")
     for name in columns["square_avg"].keys() - saved.parameters.keys():
@@ -244,14 +247,14 @@ def _part(state: Any) -> _Part:
         len(kinds) != 3
         or kinds[0] not in (optax.ScaleByRmsState, ScaleByStddevState)
         or optax.ScaleByScheduleState not in kinds
-        or "count" in handover.fields(state[:1])
+        or "count" in chain_state.fields(state[:1])
     ):
         raise ValueError(
             "state must be that of rmsprop or rmsprop_tf, or of optax_rms.rmsprop with "
             "a schedule as learning rate and without bias_correction, got "
             f"{', '.join(kind.__name__ for kind in kinds)}"
         )
-    values = handover.fields(state)
+    values = chain_state.fields(state)
     trees = {
         "square_avg": values.get("nu", values.get("variance")),
         "momentum_buffer": values.get("trace"),
@@ -277,7 +280,7 @@ def _from_torch(
     parameter: state_dicts.Parameter, settings: dict[str, Any], is_timm: bool
 ) -> Arrays:
     """The slots as they are here, also of a parameter that PyTorch has none for yet."""
-    blank = np.zeros_like(handover.to_numpy(parameter.template))
+    blank = np.zeros_like(reading.to_numpy(parameter.template))
     slots = {
         slot: parameter.slots.get(slot, blank)
         for slot in state_dicts.slots_of(settings)
@@ -285,7 +288,7 @@ def _from_torch(
     if not parameter.slots:
         slots["square_avg"] = blank + is_timm
     if settings["centered"]:
-        slots["square_avg"] = handover.variance(slots["square_avg"], slots["grad_avg"])
+        slots["square_avg"] = variances.variance(slots["square_avg"], slots["grad_avg"])
     if settings["momentum"] and settings.get("lr_in_momentum"):
         slots["momentum_buffer"] = -slots["momentum_buffer"]
     return slots
@@ -320,7 +323,7 @@ def _to_torch(
     with np.errstate(over="ignore"):
         stored = {slot: array.astype(dtype) for slot, array in slots.items()}
     if settings["centered"]:
-        stored["square_avg"] = handover.mean_square(square, stored["grad_avg"])
+        stored["square_avg"] = variances.mean_square(square, stored["grad_avg"])
     if settings["momentum"] and settings.get("lr_in_momentum"):
         stored["momentum_buffer"] = -stored["momentum_buffer"]
     for slot, array in stored.items():
@@ -328,7 +331,7 @@ def _to_torch(
             raise ValueError(f"{slot} of {name!r} is not finite in {dtype}")
     return {
         "step": _step_like(step, parameter),
-        **{k: handover.to_framework(array, template) for k, array in stored.items()},
+        **{k: reading.to_framework(array, template) for k, array in stored.items()},
     }
 
 
@@ -361,24 +364,24 @@ def _check_template(name, parameter, array) -> None:
             f"{name!r} has no state in like from which to take shape and dtype; let "
             "names be a mapping from names to parameters"
         )
-    like = handover.to_numpy(parameter.template)
+    like = reading.to_numpy(parameter.template)
     if array.shape != like.shape or np.iscomplexobj(array) != np.iscomplexobj(like):
         raise ValueError(
-            f"{name!r} must be {handover.describe(like)} as in like, but convert_back "
-            f"returned {handover.describe(array)}"
+            f"{name!r} must be {reading.describe(like)} as in like, but convert_back "
+            f"returned {reading.describe(array)}"
         )
 
 
 def _step_like(step: int, parameter: state_dicts.Parameter) -> Any:
     """A step count in the form that ``like`` has for it, or, without one, PyTorch's."""
     if "step" not in parameter.stored:
-        scalar = handover.widen(parameter.template.real)
-        return handover.to_framework(np.array(step, np.float32), scalar)
+        scalar = reading.widen(parameter.template.real)
+        return reading.to_framework(np.array(step, np.float32), scalar)
     stored = parameter.stored["step"]
     if not hasattr(stored, "dtype"):
         return step
     steps = np.full(np.shape(stored), step, _dtype(stored))
-    return handover.to_framework(steps, stored)
+    return reading.to_framework(steps, stored)
 
 
 def _dtype(array: Any) -> np.dtype:
@@ -397,14 +400,12 @@ def _fill(state: Any, trees: dict[str, PyTree], steps: int) -> Any:
     ours |= {"mu": "grad_avg", "trace": "momentum_buffer"}
     new = {field: split[slot] for field, slot in ours.items() if slot in split}
     # Each group's own: one array in two places could not be donated.
-    return handover.with_fields(state, new | {"count": jnp.array(steps, jnp.int32)})
+    return chain_state.with_fields(state, new | {"count": jnp.array(steps, jnp.int32)})
 
 
-def _labels(
-    converter: handover.Converter, groups: Sequence[int], tree: PyTree
-) -> PyTree:
+def _labels(converter: Converter, groups: Sequence[int], tree: PyTree) -> PyTree:
     """The group of each leaf, from the groups of the parameters."""
-    problems = handover.Problems("param_groups have different settings")
+    problems = Problems("param_groups have different settings")
     labels = []
     for (path, _), sources in zip(
         jax.tree.leaves_with_path(tree), converter.sources, strict=True
@@ -414,7 +415,7 @@ def _labels(
         if len(own) > 1:
             problems.add(
                 f"convert joins parameters of the groups {own} in "
-                f"{handover.leaf_name(path)}; keep them in leaves of their own"
+                f"{dotted_name(path)}; keep them in leaves of their own"
             )
     problems.raise_any()
     return jax.tree.unflatten(converter.treedef, labels)

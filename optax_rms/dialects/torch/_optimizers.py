@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSProp as PyTorch and timm have it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,8 @@ from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 from optax_rms import _rmsprop
-from optax_rms.dialects import _handover as handover
-
-PyTree = Any
-LearningRate = ArrayLike | Callable[[Any], ArrayLike]
+from optax_rms._types import LearningRate, PyTree
+from optax_rms.dialects._shared import chain_state
 
 
 class RealAndImaginary(NamedTuple):
@@ -317,7 +314,7 @@ def _optimizer(
         if caution and not _is_zero(momentum):
             steps = jax.tree.map(_leave_out_ascents, steps, gradients)
         if has_decay and decoupled_decay:
-            rate = schedule(handover.fields(state)["count"])
+            rate = schedule(chain_state.fields(state)["count"])
             rate = rate if max_lr is None else rate**2 / max_lr
             steps = _add(steps, -rate * weight_decay, split(params))
         steps = jax.tree.map(_like, join(steps), updates)

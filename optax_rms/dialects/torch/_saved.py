@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_rms import _checks as checks
-from optax_rms.dialects import _handover as handover
+from optax_rms.dialects._shared import reading
+from optax_rms.dialects._shared.problems import Problems
 
 Names = Sequence[str] | Mapping[str, Any]
 
@@ -61,7 +62,7 @@ class StateDict(NamedTuple):
 def read(state_dict: Mapping[str, Any], names: Names | None) -> StateDict:
     """Read a state dict. All that is wrong with it goes into one ``ValueError``."""
     state, groups = _split(state_dict)
-    problems = handover.Problems("the state dict cannot be used")
+    problems = Problems("the state dict cannot be used")
     keys = _read_keys(problems, groups)
     problems.raise_any()
     is_timm = any("lr_in_momentum" in group for group in groups)
@@ -167,11 +168,11 @@ def _read_group(problems, where, group, is_timm) -> dict[str, Any]:
         return problems.attempt(check, f"{where}[{key!r}]", value, *args, **kwargs)
 
     settings = {
-        "lr": take("lr", None, handover.read_number),
-        "alpha": take("alpha", None, handover.read_number, high=1),
-        "eps": take("eps", None, handover.read_number),
-        "weight_decay": take("weight_decay", None, handover.read_number),
-        "momentum": take("momentum", 0, handover.read_number, high=1),
+        "lr": take("lr", None, reading.read_number),
+        "alpha": take("alpha", None, reading.read_number, high=1),
+        "eps": take("eps", None, reading.read_number),
+        "weight_decay": take("weight_decay", None, reading.read_number),
+        "momentum": take("momentum", 0, reading.read_number, high=1),
         "centered": take("centered", False, checks.check_flag),
     }
     # What has a default here was missing from earlier versions.
@@ -180,7 +181,7 @@ def _read_group(problems, where, group, is_timm) -> dict[str, Any]:
             settings[key] = take(key, None, checks.check_flag)
         for key in ("caution", "corrected_weight_decay"):
             settings[key] = take(key, False, checks.check_flag)
-        max_lr = take("max_lr_snapshot", settings["lr"], handover.read_number)
+        max_lr = take("max_lr_snapshot", settings["lr"], reading.read_number)
         if settings["corrected_weight_decay"]:
             settings["max_lr_snapshot"] = max_lr
     else:
@@ -243,14 +244,14 @@ def _read_parameter(problems, name, key, group, settings, stored, shaped) -> Par
         )
     step = 0
     if "step" in stored:
-        step = problems.attempt(handover.read_count, f"{what}['step']", stored["step"])
+        step = problems.attempt(reading.read_count, f"{what}['step']", stored["step"])
     slots = {}
     for slot in expected:
         if slot not in stored:
             continue
         like = shaped if shaped is not None else slots.get("square_avg")
         slots[slot] = problems.attempt(
-            handover.read_array,
+            reading.read_array,
             f"{what}[{slot!r}]",
             stored[slot],
             like,

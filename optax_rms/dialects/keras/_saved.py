@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_rms.dialects import _handover as handover
-from optax_rms.dialects import _keras_optimizer as optimizer
-from optax_rms.dialects import _keras_schedules as schedules
+from optax_rms.dialects._shared import reading
+from optax_rms.dialects._shared.problems import Problems
+from optax_rms.dialects.keras import _optimizers as optimizer
+from optax_rms.dialects.keras import _schedules as schedules
 
 Names = Sequence[str] | Mapping[str, Any]
 
@@ -74,7 +75,7 @@ def read(
 ) -> Saved:
     """Read an optimizer. All that is wrong with it goes into one ``ValueError``."""
     found = _open(source)
-    problems = handover.Problems("the Keras optimizer cannot be used")
+    problems = Problems("the Keras optimizer cannot be used")
     settings, scalars = _read_config(problems, config or found.config, learning_rate)
     own_names = [n[: -len("_velocity")] for n in found.names if n.endswith("_velocity")]
     given = _read_names(problems, names, own_names, is_named=bool(found.names))
@@ -148,7 +149,7 @@ def _value(variable: Any) -> Any:
     if not (hasattr(variable, "path") or hasattr(variable, "detach")):
         return variable
     dtype = jnp.dtype(str(variable.dtype).removeprefix("torch."))
-    return handover.to_numpy(getattr(variable, "value", variable)).astype(dtype)
+    return reading.to_numpy(getattr(variable, "value", variable)).astype(dtype)
 
 
 def _excluded(source: Any) -> list[bool]:
@@ -205,7 +206,7 @@ def _in_order(values: Mapping[Any, Any]) -> list[Any]:
 
 
 def _read_config(
-    problems: handover.Problems, config: Any, learning_rate: Any
+    problems: Problems, config: Any, learning_rate: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """The settings, and the names of the scalar variables."""
     if isinstance(config, Mapping) and "class_name" in config:
@@ -246,7 +247,7 @@ def _read_config(
 
 
 def _read_names(
-    problems: handover.Problems,
+    problems: Problems,
     names: Names | None,
     own_names: list[str],
     is_named: bool,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_rms.dialects import _handover as handover
+from optax_rms.dialects._shared import reading, variances
+from optax_rms.dialects._shared.problems import Problems
 
 # How tf.train.Checkpoint ends the names of what is stored.
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -73,7 +74,7 @@ def find_optimizer(variables: Mapping[str, Any], optimizer: str | None) -> Optim
 
 
 def check_slots(
-    problems: handover.Problems,
+    problems: Problems,
     optimizer: Optimizer,
     slots: Slots,
     expected: Iterable[str],
@@ -101,7 +102,7 @@ def read_like(name: str, variables: Mapping[str, Any]) -> np.ndarray:
     """Zeros of the shape of a variable, and of its dtype or float32."""
     if name not in variables:
         raise ValueError(f"{name} is not in the checkpoint")
-    array = handover.to_numpy(variables[name])
+    array = reading.to_numpy(variables[name])
     if array.dtype.kind != "f":
         hint = ""
         if array.dtype.kind == "c":
@@ -113,20 +114,20 @@ def read_like(name: str, variables: Mapping[str, Any]) -> np.ndarray:
 def write_slot(name: str, like: Mapping[str, Any], array: np.ndarray) -> np.ndarray:
     """A slot as TensorFlow has it: of the shape and dtype in ``like``."""
     model = np.asarray(like[name])
-    expected = handover.describe(handover.to_numpy(model))
-    if handover.describe(array) != expected:
-        raise ValueError(f"{name} must be {expected}, got {handover.describe(array)}")
+    expected = reading.describe(reading.to_numpy(model))
+    if reading.describe(array) != expected:
+        raise ValueError(f"{name} must be {expected}, got {reading.describe(array)}")
     return array.astype(model.dtype)
 
 
 def check_variances(
-    problems: handover.Problems,
+    problems: Problems,
     mean_square: Mapping[str, np.ndarray],
     mean: Mapping[str, np.ndarray],
 ) -> None:
     """A mean square is at least the squared mean, but for the rounding."""
     for variable, squares in mean_square.items():
-        if handover.is_less_than_square(squares, mean[variable]):
+        if variances.is_less_than_square(squares, mean[variable]):
             problems.add(
                 f"{variable} has a slot rms that is much less than the square of its "
                 "slot mg; have slots been swapped?"
@@ -144,18 +145,18 @@ def read_step(
 ) -> int:
     """The number of steps: as given, or as stored."""
     if step is not None:
-        return handover.read_count("step", step)
+        return reading.read_count("step", step)
     name = step_name(variables, optimizer)
     if name is None:
         raise ValueError(
             "the learning rate is a schedule, and the checkpoint has no global_step; "
             "pass the number of steps taken as `step`"
         )
-    return handover.read_count(name, variables[name])
+    return reading.read_count(name, variables[name])
 
 
 def read_hyperparameters(
-    problems: handover.Problems, variables: Mapping[str, Any], optimizer: Optimizer
+    problems: Problems, variables: Mapping[str, Any], optimizer: Optimizer
 ) -> dict[str, Any]:
     """What ``tf.train.Checkpoint`` holds of the optimizers of legacy Keras."""
     names = {
@@ -163,7 +164,7 @@ def read_hyperparameters(
         for key in ("learning_rate", "decay", "rho", "momentum")
     }
     return {
-        key: problems.attempt(handover.read_number, name, variables[name])
+        key: problems.attempt(reading.read_number, name, variables[name])
         for key, name in names.items()
         if name in variables
     }

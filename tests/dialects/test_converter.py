@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all hand-overs have in common."""
+"""The user function that every hand-over calls."""
 
 import numpy as np
 
-from optax_rms.dialects import _handover as handover
+from optax_rms.dialects._shared.converter import Converter
 
 
 def test_a_function_may_use_its_memory_again():
@@ -14,9 +14,7 @@ def test_a_function_may_use_its_memory_again():
         return {"kernel": memory}
 
     shape = (2, 3)
-    converter = handover.Converter(
-        "convert", transpose, {"weight": np.ones(shape, np.float32)}
-    )
+    converter = Converter("convert", transpose, {"weight": np.ones(shape, np.float32)})
     first = converter("first", {"weight": np.full(shape, 1.0)})
     converter("second", {"weight": np.full(shape, 2.0)})
     np.testing.assert_array_equal(first["kernel"], 1.0)

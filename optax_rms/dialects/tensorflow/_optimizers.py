@@ -2,7 +2,6 @@
 """RMSProp as TensorFlow 1 and the Keras inside TensorFlow 2 have it."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -10,10 +9,8 @@ from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 from optax_rms import _rmsprop
-from optax_rms.dialects import _gradient_clipping as clipping
-
-PyTree = Any
-LearningRate = ArrayLike | Callable[[Any], ArrayLike]
+from optax_rms._types import LearningRate, PyTree
+from optax_rms.dialects._shared import clipping
 
 _NAME_HINT = "Names in a checkpoint are arguments of import_state and export_state."
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient clipping as TensorFlow and Keras have it, computed in at least float32."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_rms._scale_by_rms import zero_at_zero
-
-PyTree = Any
+from optax_rms._numerics import zero_at_zero
+from optax_rms._types import PyTree
 
 
 def clip_by_value(gradients: PyTree, limit: ArrayLike) -> PyTree:

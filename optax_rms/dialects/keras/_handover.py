@@ -11,13 +11,14 @@ import numpy as np
 import optax
 
 from optax_rms import _checks as checks
-from optax_rms.dialects import _handover as handover
-from optax_rms.dialects import _keras_variables as variables
-from optax_rms.dialects._keras_optimizer import LearningRate
-from optax_rms.dialects._keras_optimizer import RMSpropState as RMSpropState
-from optax_rms.dialects._keras_optimizer import rmsprop as rmsprop
-
-PyTree = Any
+from optax_rms._types import PyTree
+from optax_rms.dialects._shared import chain_state, reading, variances
+from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.problems import Problems
+from optax_rms.dialects.keras import _saved as variables
+from optax_rms.dialects.keras._optimizers import LearningRate
+from optax_rms.dialects.keras._optimizers import RMSpropState as RMSpropState
+from optax_rms.dialects.keras._optimizers import rmsprop as rmsprop
 
 
 def import_state(
@@ -102,14 +103,14 @@ def import_state(
       26 (2, 3)
     """
     saved = variables.read(source, names, config, learning_rate)
-    problems = handover.Problems("the Keras optimizer cannot be imported")
+    problems = Problems("the Keras optimizer cannot be imported")
     count = problems.attempt(
-        handover.read_count, "iteration", saved.scalars["iteration"]
+        reading.read_count, "iteration", saved.scalars["iteration"]
     )
     settings = dict(saved.settings)
     if "learning_rate" in saved.scalars:
         stored = saved.scalars["learning_rate"]
-        rate = problems.attempt(handover.read_number, "learning_rate", stored)
+        rate = problems.attempt(reading.read_number, "learning_rate", stored)
         settings.setdefault("learning_rate", rate)
     weights = dict(names) if isinstance(names, Mapping) else {}
     slots = {
@@ -123,10 +124,10 @@ def import_state(
     }
     problems.raise_any()
 
-    converter = handover.Converter("convert", convert, slots["velocity"])
+    converter = Converter("convert", convert, slots["velocity"])
     if "average_gradient" in slots:
         slots["velocity"] = jax.tree.map(
-            handover.variance, slots["velocity"], slots["average_gradient"]
+            variances.variance, slots["velocity"], slots["average_gradient"]
         )
     trees = {
         slot: jax.tree.map(jnp.array, converter(slot, slots[slot])) for slot in slots
@@ -147,7 +148,7 @@ def import_state(
     return tx, RMSpropState(
         count=jnp.asarray(count, jnp.int32),
         accumulated=trees.get("gradient_accumulator"),
-        inner_state=handover.with_fields(state.inner_state, fields),
+        inner_state=chain_state.with_fields(state.inner_state, fields),
         average=trees.get("average"),
     )
 
@@ -186,7 +187,7 @@ def export_state(
     checks.check_state_class("keras.export_state", state, RMSpropState)
     # A schedule is no part of what is written, so that any will do.
     saved = variables.read(like, names, config, learning_rate=0.0)
-    fields = handover.fields(state.inner_state)
+    fields = chain_state.fields(state.inner_state)
     trees = {
         "average": state.average,
         "gradient_accumulator": state.accumulated,
@@ -195,12 +196,12 @@ def export_state(
         "average_gradient": fields.get("mu"),
     }
     trees = {slot: tree for slot, tree in trees.items() if tree is not None}
-    problems = handover.Problems("the state cannot be exported")
+    problems = Problems("the state cannot be exported")
     if trees.keys() != saved.slots.keys():
         problems.add(f"like has the slots {[*saved.slots]}, the state {[*trees]}")
     problems.raise_any()
 
-    converter = handover.Converter("convert_back", convert_back, trees["velocity"])
+    converter = Converter("convert_back", convert_back, trees["velocity"])
     slots = {slot: converter(slot, tree) for slot, tree in trees.items()}
     for name in sorted(saved.slots["velocity"].keys() ^ slots["velocity"].keys()):
         where = (
@@ -230,7 +231,7 @@ def _named(arrays: dict[str, Any]) -> collections.OrderedDict[str, Any]:
 
 def _read(slot: str, name: str, value: Any, weights: dict[str, Any]) -> np.ndarray:
     """A slot of a parameter; ``weights`` gets an array like it, if it has none yet."""
-    array = handover.read_array(
+    array = reading.read_array(
         f"{name}_{slot}", value, weights.get(name), nonnegative=slot == "velocity"
     )
     if np.iscomplexobj(array):
@@ -242,7 +243,7 @@ def _read(slot: str, name: str, value: Any, weights: dict[str, Any]) -> np.ndarr
     return array
 
 
-def _mask(converter: handover.Converter, slots: Any, excluded: set[str]) -> PyTree:
+def _mask(converter: Converter, slots: Any, excluded: set[str]) -> PyTree:
     """Which leaves come from excluded parameters."""
     flags = [name in excluded for name in slots["velocity"]]
     found = [{flags[i] for i in sources} for sources in converter.sources]
@@ -266,7 +267,7 @@ def _fit(slot: str, name: str, slots: Any, template: Any) -> np.ndarray:
         fitted = array.astype(template.dtype)
         if slot == "velocity" and "average_gradient" in slots:
             mean = slots["average_gradient"][name].astype(template.dtype)
-            fitted = handover.mean_square(array, mean)
+            fitted = variances.mean_square(array, mean)
     if not np.all(np.isfinite(fitted)):
         raise ValueError(f"{name}_{slot} is not finite, as {template.dtype}")
     return fitted

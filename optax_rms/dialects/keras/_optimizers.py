@@ -14,11 +14,9 @@ from jax.typing import ArrayLike
 from optax_rms import _checks as checks
 from optax_rms import _leafwise as leafwise
 from optax_rms import _rmsprop
-from optax_rms.dialects import _gradient_clipping as clipping
-from optax_rms.dialects import _keras_schedules as schedules
-
-PyTree = Any
-LearningRate = ArrayLike | Callable[[Any], ArrayLike]
+from optax_rms._types import LearningRate, PyTree
+from optax_rms.dialects._shared import clipping
+from optax_rms.dialects.keras import _schedules as schedules
 
 
 class RMSpropState(NamedTuple):

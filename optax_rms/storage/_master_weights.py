@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_rms import _checks as checks
-from optax_rms._minifloat import rounding_bits
-
-PyTree = Any
+from optax_rms._leaf_names import leaf_name
+from optax_rms._types import PyTree
+from optax_rms.storage._rounding import rounding_bits
 
 _RESIDUAL_DTYPES = {8: jnp.int8, 16: jnp.int16}
 
@@ -349,7 +349,7 @@ def _check_parameters(params):
     """Raise a ``TypeError`` naming every leaf that cannot be trained."""
     checks.check_inexact_leaves("parameters", params)
     narrow = [
-        f"{_path_name(path)} ({jnp.result_type(p)})"
+        f"{leaf_name(path)} ({jnp.result_type(p)})"
         for path, p in jax.tree_util.tree_leaves_with_path(params)
         if jnp.finfo(jnp.result_type(p)).bits < 16
     ]
@@ -381,7 +381,7 @@ def _check_leaves(residual, params, updates=None):
             wrong = not _is_half(w) or len(shapes) > 1
         if wrong:
             bad.append(
-                f"{_path_name(path)}: parameter {_describe(w)}, "
+                f"{leaf_name(path)}: parameter {_describe(w)}, "
                 f"gradient {_describe(g)}, residual {_describe(r)}"
             )
     if bad:
@@ -394,7 +394,3 @@ def _check_leaves(residual, params, updates=None):
 
 def _describe(leaf):
     return "none" if _is_absent(leaf) else f"{jnp.result_type(leaf)}{jnp.shape(leaf)}"
-
-
-def _path_name(path):
-    return jax.tree_util.keystr(path) or "the only leaf"

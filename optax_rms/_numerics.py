@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numerics that several modules share: guarded functions and widening."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def zero_at_zero(function):
+    """``function``, but 0 with derivative 0 at 0, where it is singular."""
+
+    def guarded(x):
+        zero = x == 0
+        # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
+        y = function(jax.lax.select(zero, jnp.ones_like(x), x))
+        return jax.lax.select(zero, jnp.zeros_like(x), y)
+
+    return guarded
+
+
+def is_half(leaf: Any) -> bool:
+    """Whether a leaf is a real array of fewer than 32 bits."""
+    dtype = getattr(leaf, "dtype", None)
+    return (
+        dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    )
+
+
+def widen(x: Any) -> jax.Array:
+    """An array of at least float32."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if is_half(x) else x

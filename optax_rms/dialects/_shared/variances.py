@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Centered RMSProp here, with a variance, and elsewhere, with a mean square."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_less_than_square(
+    mean_square: np.ndarray, mean: np.ndarray, dtype: Any = np.float32
+) -> bool:
+    """Whether a mean square is less than the squared mean by more than by rounding.
+
+    A square that underflows in the ``dtype`` of the framework is lost in every step,
+    and missing from an average 1 / (1 - decay) times: up to 10^4, for decays in use.
+    """
+    lost = 1e4 * float(jnp.finfo(dtype).tiny)
+    wide = np.abs(mean).astype(np.float64)
+    return bool(np.any(mean_square + lost < 0.5 * np.square(wide)))
+
+
+def variance(mean_square: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """The variance that belongs to a mean square and a mean: 0 where it is negative.
+
+    Rounding leaves some frameworks a mean square that is less than the squared mean.
+    The real and imaginary parts of complex arrays are apart.
+    """
+    if np.iscomplexobj(mean_square):
+        return _by_parts(variance, mean_square, mean)
+    wide = mean_square.astype(np.float64) - np.square(mean.astype(np.float64))
+    dtype = np.promote_types(mean_square.dtype, np.float32)
+    return np.maximum(wide, 0).astype(dtype)
+
+
+def mean_square(variance_: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """The inverse of `variance`, in the dtype of ``mean``.
+
+    Of a mean square much larger than the variance only the leading digits of the latter
+    remain, in every framework that stores it. But a variance that came from such a mean
+    square comes from the result as well, bit for bit: the original lies within half a
+    step of the sum, so that it is the rounded sum or one of its two neighbours.
+    """
+    if np.iscomplexobj(variance_):
+        return _by_parts(mean_square, variance_, mean)
+    wide = variance_.astype(np.float64) + np.square(mean.astype(np.float64))
+    with np.errstate(over="ignore"):
+        nearest = wide.astype(mean.dtype)
+    below, above = (
+        np.nextafter(nearest, np.asarray(limit, mean.dtype)) for limit in (0, np.inf)
+    )
+    exact = [variance(x, mean) == variance_ for x in (nearest, below, above)]
+    return np.select(exact, [nearest, below, above], nearest)
+
+
+def _by_parts(function, *arrays):
+    result: Any = np.empty_like(arrays[0])
+    result.real = function(*(x.real for x in arrays))
+    result.imag = function(*(x.imag for x in arrays))
+    return result

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many codes of a compressed state are at the ends of their format."""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_rms.storage._compress_state import compressed_leaves
+
+
+class CodeCounts(NamedTuple):
+    """How many codes of a field stand at an end of their format.
+
+    Attributes:
+      elements: number of codes.
+      saturated: number of those that stand for plus or minus the largest value.
+      zeros: number of those that stand for 0.
+    """
+
+    elements: int
+    saturated: jax.Array
+    zeros: jax.Array
+
+
+def count_extremes(state: Any) -> dict[str, CodeCounts]:
+    """Count, for each compressed field, the codes at the ends of its format.
+
+    A saturated code hides how large the value was, and a second moment that is too
+    small makes steps too long. One overflow in a gradient saturates codes for a while;
+    if they stay so, move the window up. Zeros are in order where nothing else was ever
+    stored, or where it was small against ``eps``. If there are many others, which a run
+    without compression shows, move the window down. Either is done by
+    ``dataclasses.replace(format, lowest_exponent=...)``. If it would have to move both
+    ways, take a format of two bytes.
+
+    Args:
+      state: a `CompressState`, or any state that contains some.
+
+    Returns:
+      The counts of each field, over all of its arrays.
+
+    Raises:
+      ValueError: ``state`` contains no `CompressState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_rms
+      >>> tx = optax_rms.compress_state(optax.scale_by_rms(), nu=optax_rms.UE6M2)
+      >>> gradients = jnp.array([1e6, 1.0, 0.0])
+      >>> _, state = tx.update(gradients, tx.init(gradients))
+      >>> counts = optax_rms.count_extremes(state)["nu"]
+      >>> print(counts.elements, counts.saturated, counts.zeros)
+      3 1 1
+    """
+    counts: dict[str, CodeCounts] = {}
+    for field, format, code in compressed_leaves(state):
+        # Without a step, that is, as if the levels had not sunk.
+        values = jnp.abs(format.decode(code))
+        new = CodeCounts(
+            elements=values.size,
+            saturated=jnp.sum(values == format.largest, dtype=jnp.uint32),
+            zeros=jnp.sum(values == 0, dtype=jnp.uint32),
+        )
+        old = counts.get(field)
+        counts[field] = jax.tree.map(operator.add, old, new) if old else new
+    return counts
