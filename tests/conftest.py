@@ -18,3 +18,9 @@ import pytest
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.endswith("_parity"):
+            item.add_marker("parity")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trajectory import x64
+from helpers.trajectory import x64
 
 from optax_rms import _leafwise as leafwise
 

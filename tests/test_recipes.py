@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
+from helpers import reference
 
 from optax_rms import recipes
 

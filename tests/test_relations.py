@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import gradient_stream, relative_error
-from trajectory import rounding_bound, trajectory_of, updates_of, x64
+from helpers.reference import gradient_stream, relative_error
+from helpers.trajectory import rounding_bound, trajectory_of, updates_of, x64
 
 import optax_rms
 

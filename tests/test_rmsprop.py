@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import DIALECTS, gradient_stream, relative_error
-from reference import rmsprop as reference_rmsprop
-from trajectory import (
+from helpers.reference import DIALECTS, gradient_stream, relative_error
+from helpers.reference import rmsprop as reference_rmsprop
+from helpers.trajectory import (
     alternating_stream,
     rounding_bound,
     three_dtypes,

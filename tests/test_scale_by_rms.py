@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.test_util import check_grads
-from reference import gradient_stream, relative_error
-from reference import rmsprop as reference_rmsprop
-from trajectory import (
+from helpers.reference import gradient_stream, relative_error
+from helpers.reference import rmsprop as reference_rmsprop
+from helpers.trajectory import (
     alternating_stream,
     rounding_bound,
     three_dtypes,
@@ -21,6 +18,9 @@ from trajectory import (
     updates_of,
     x64,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 import optax_rms
 from optax_rms import scale_by_rms

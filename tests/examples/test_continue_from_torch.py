@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import frameworks
 import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers import frameworks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

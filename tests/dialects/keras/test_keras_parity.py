@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from keras_runs import (
+from helpers.keras_runs import (
     BOUND,
     EPSILON,
     Rates,
@@ -22,7 +20,9 @@ from keras_runs import (
     standard_promotion,
     stream_for,
 )
-from reference import DIALECTS, gradient_stream, rmsprop
+from helpers.reference import DIALECTS, gradient_stream, rmsprop
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optax_rms.dialects import keras as dialect
 from optax_rms.dialects._shared import chain_state

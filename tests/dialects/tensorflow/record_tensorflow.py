@@ -4,10 +4,10 @@
 TensorFlow cannot be installed beside every JAX, so the tests read what this script
 wrote. In an environment with tensorflow and tf_keras:
 
-    python tests/parity/record_tensorflow.py
+    python tests/dialects/tensorflow/record_tensorflow.py
 
-writes tests/parity/golden/tensorflow.npz (the arrays) and tensorflow.json (what they
-are, from which versions, and the names in the checkpoints).
+writes tensorflow.npz (the arrays) and tensorflow.json (what they are, from which
+versions, and the names in the checkpoints) into the folder golden beside it.
 """
 
 import datetime
@@ -27,8 +27,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from reference import gradient_stream
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from helpers.reference import gradient_stream
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 STEPS = 75
@@ -311,7 +311,7 @@ def main():
         for name, (dialect, arguments) in CHECKPOINTS.items()
     }
     header = {
-        "generator": "tests/parity/record_tensorflow.py",
+        "generator": "tests/dialects/tensorflow/record_tensorflow.py",
         "date": datetime.date.today().isoformat(),
         "versions": {
             "python": platform.python_version(),
@@ -321,8 +321,8 @@ def main():
         },
         "device": f"CPU, {platform.machine()}",
         "inputs": "Parameters start at zero. Gradients and changing learning rates are "
-        "those of gradient_stream (tests/reference.py) and changing_rates, stored in "
-        "the arrays gradients/* and rates/* as used.",
+        "those of gradient_stream (tests/helpers/reference.py) and changing_rates, "
+        "stored in the arrays gradients/* and rates/* as used.",
         "cases": cases,
         "checkpoints": checkpoints,
     }

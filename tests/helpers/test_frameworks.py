@@ -3,8 +3,8 @@
 
 import sys
 
-import frameworks
 import pytest
+from helpers import frameworks
 
 
 @pytest.fixture(params=[frameworks.require, frameworks.require_submodule])

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same run in PyTorch and in JAX: given gradients, a learning rate per step."""
 
-import frameworks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import reference
+from helpers import frameworks, reference
 
 # The worst difference that counts as agreement, relative to the length of the path.
 BOUND = 2e-5

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from contract.rows import every_row
-from contract.training import (
+from flax import nnx
+from flax.training.train_state import TrainState
+from helpers.contract_rows import every_row
+from helpers.training import (
     GRADIENTS,
     PARAMS,
     assert_close,
@@ -20,8 +22,6 @@ from contract.training import (
     plain,
     step,
 )
-from flax import nnx
-from flax.training.train_state import TrainState
 
 STEPS = 3
 INPUTS = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)

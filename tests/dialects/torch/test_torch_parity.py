@@ -3,18 +3,15 @@
 
 import functools
 
-import frameworks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import torch_runs
-import trajectory
+from helpers import frameworks, reference, torch_runs, trajectory
+from helpers.torch_runs import BOUND
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch_runs import BOUND
 
 import optax_rms
 from optax_rms.dialects import torch as dialect

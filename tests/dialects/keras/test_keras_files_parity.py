@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from frameworks import require
-from keras_runs import keras
+from helpers.frameworks import require
+from helpers.keras_runs import keras
 
 from optax_rms.dialects import keras as dialect
 from optax_rms.dialects._shared import chain_state

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dialects.optax`: states of Optax taken over and handed back.
 
-That the updates are those of Optax is tested in tests/parity.
+That the updates are those of Optax is tested in test_rmsprop.py.
 """
 
 import jax
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import trajectory
+from helpers import reference, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec

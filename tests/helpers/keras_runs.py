@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from frameworks import require
-from reference import gradient_stream, relative_error
-from trajectory import alternating_stream
+from helpers.frameworks import require
+from helpers.reference import gradient_stream, relative_error
+from helpers.trajectory import alternating_stream
 
 with warnings.catch_warnings():
     # Not ours to fix: Keras and what it imports use what others have deprecated.

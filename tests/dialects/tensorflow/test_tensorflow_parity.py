@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dialects.tensorflow` against trajectories and checkpoints that TensorFlow recorded.
 
-``python tests/parity/record_tensorflow.py`` records them anew.
+``python tests/dialects/tensorflow/record_tensorflow.py`` records them anew.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-import tensorflow_golden as golden
-from trajectory import rounding_bound
+from helpers import reference
+from helpers import tensorflow_golden as golden
+from helpers.trajectory import rounding_bound
 
 from optax_rms.dialects import tensorflow
 from optax_rms.dialects._shared import clipping

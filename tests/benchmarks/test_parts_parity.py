@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from frameworks import require, require_submodule
+from helpers.frameworks import require, require_submodule
 
 import optax_rms
 from benchmarks import __main__ as command

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from contract.rows import every_row
-from contract.training import (
+from helpers.contract_rows import every_row
+from helpers.training import (
     GRADIENTS,
     PARAMS,
     STEPS,

@@ -3,15 +3,12 @@
 
 import json
 
-import frameworks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-import torch_runs
-import trajectory
-from torch_runs import BOUND
+from helpers import frameworks, reference, torch_runs, trajectory
+from helpers.torch_runs import BOUND
 
 from optax_rms.dialects import torch as dialect
 

@@ -13,15 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_rms.storage._formats import (
-    _GOLDEN,
     SE5M2,
     SE8M7,
     UE6M2,
     UE8M8,
     Minifloat,
-    _mix,
 )
-from optax_rms.storage._rounding import rounding_bits
+from optax_rms.storage._rounding import _GOLDEN, _mix, rounding_bits
 
 FORMATS = [
     UE6M2,

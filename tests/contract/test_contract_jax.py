@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contract.rows import every_row
-from contract.training import (
+from helpers.contract_rows import every_row
+from helpers.training import (
     GRADIENTS,
     PARAMS,
     assert_close,

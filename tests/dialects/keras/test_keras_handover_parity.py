@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from keras_runs import (
+from helpers.keras_runs import (
     BOUND,
     built_optimizer,
     join,
@@ -106,7 +106,7 @@ def test_hand_over_and_back(options):
 def test_hand_over_from_another_backend():
     """Keras on PyTorch: its arrays are read, and its schedule is traced by JAX."""
     code = (
-        "import test_keras_handover as t\n"
+        "import test_keras_handover_parity as t\n"
         "assert t.keras.backend.backend() == 'torch'\n"
         "options = {**t.HANDED_OVER['schedule'], **t.HANDED_OVER['accumulation']}\n"
         "print(t.hand_over_and_back(options))"
@@ -117,7 +117,7 @@ def test_hand_over_from_another_backend():
         env={
             **os.environ,
             "KERAS_BACKEND": "torch",
-            "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, *sys.path))),
+            "PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1], *sys.path))),
         },
         capture_output=True,
         text=True,

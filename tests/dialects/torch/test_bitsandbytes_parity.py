@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that docs/dialects.md has for bitsandbytes' ``RMSprop``, against it."""
 
-import frameworks
 import numpy as np
 import optax
 import pytest
-import reference
-import torch_runs
-from torch_runs import BOUND
+from helpers import frameworks, reference, torch_runs
+from helpers.torch_runs import BOUND
 
 import optax_rms
 

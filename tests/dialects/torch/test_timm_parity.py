@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dialects.torch.rmsprop_tf` against timm's ``RMSpropTF``, step for step."""
 
-import frameworks
 import numpy as np
 import pytest
-import reference
-import torch_runs
+from helpers import frameworks, reference, torch_runs
+from helpers.torch_runs import BOUND
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch_runs import BOUND
 
 from optax_rms.dialects import torch as dialect
 

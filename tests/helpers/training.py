@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from trajectory import rounding_bound
+from helpers.trajectory import rounding_bound
 
 STEPS = 4
 

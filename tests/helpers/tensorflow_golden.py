@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-_FOLDER = pathlib.Path(__file__).resolve().parent / "parity" / "golden"
+_FOLDER = (
+    pathlib.Path(__file__).resolve().parents[1] / "dialects" / "tensorflow" / "golden"
+)
 HEADER = json.loads((_FOLDER / "tensorflow.json").read_text())
 # The shape of the kernel; the bias has the rest of each row.
 KERNEL = (4, 2)

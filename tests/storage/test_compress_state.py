@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from trajectory import x64
+from helpers.trajectory import x64
 
 from optax_rms import rmsprop
 from optax_rms.monitoring import count_extremes

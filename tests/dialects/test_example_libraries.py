@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from helpers import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.example_libraries import optimizers

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from reference import gradient_stream, relative_error
-from trajectory import rounding_bound
+from helpers.reference import gradient_stream, relative_error
+from helpers.trajectory import rounding_bound
 
 import optax_rms
 

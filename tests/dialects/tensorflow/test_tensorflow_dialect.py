@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dialects.tensorflow`: its arguments, and every way in which a checkpoint can be bad.
 
-That the numbers are those of TensorFlow is tested in tests/parity.
+That the numbers are those of TensorFlow is tested in test_tensorflow_parity.py.
 """
 
 import jax

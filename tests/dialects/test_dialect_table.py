@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
+from helpers import reference
 
 import optax_rms
 
