@@ -9,7 +9,7 @@ momentum 0.9 and a cosine learning rate; then `optax.rmsprop` with the same numb
 then the dialect of this library. The drift is the distance between the end points over
 the distance that the framework's run covered.
 
-Centred RMSProp is measured on 1,000 constant gradients between 0.1 and 1000, decay 0.9,
+Centered RMSProp is measured on 1,000 constant gradients between 0.1 and 1000, decay 0.9,
 epsilon 1e-8, 400 steps: the count of weights that are NaN at the end.
 """
 
@@ -23,10 +23,10 @@ import optax
 import torch
 from flax import linen as nn
 from sklearn.datasets import load_digits
+from tests.frameworks import require_submodule
 
 import optax_rms
 from benchmarks import record
-from tests.frameworks import require_submodule
 
 STEPS = 300
 MOMENTUM = 0.9
@@ -65,7 +65,7 @@ def run_jax(tx: optax.GradientTransformation, gradients: np.ndarray) -> np.ndarr
         return (optax.apply_updates(weights, updates), state), None
 
     weights = jnp.zeros(gradients.shape[1])
-    # One compiled call per step: within a scan XLA contracts the centred difference to
+    # One compiled call per step: within a scan XLA contracts the centered difference to
     # fused multiply-adds, which a training loop does not see.
     step = jax.jit(step)
     carry = (weights, tx.init(weights))
@@ -134,7 +134,7 @@ def drift() -> list[dict[str, object]]:
     ]
 
 
-def centred_nan() -> dict[str, int]:
+def centered_nan() -> dict[str, int]:
     constant = np.tile(np.logspace(-1, 3, 1000, dtype=np.float32), (400, 1))
     rates = [1e-3] * len(constant)
     ends = {
@@ -155,7 +155,7 @@ def centred_nan() -> dict[str, int]:
 def measure(quick: bool = False, progress: Any = iter) -> dict[str, Any]:
     """All of it, which takes seconds, whether ``quick`` or not."""
     del quick
-    parts = {"drift": drift, "centred_nan": centred_nan}
+    parts = {"drift": drift, "centered_nan": centered_nan}
     return {name: parts[name]() for name in progress(parts)}
 
 

@@ -276,12 +276,12 @@ TIMM = "timm RMSpropTF"
 BITSANDBYTES = "bitsandbytes RMSprop"
 BITSANDBYTES_8BIT = "bitsandbytes RMSprop8bit"
 MOMENTUM = ", momentum"
-CENTRED = ", centred, momentum"
+CENTERED = ", centered, momentum"
 
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     OURS: _rmsprop(optax_rms),
     OURS + MOMENTUM: _rmsprop(optax_rms, momentum=0.9),
-    OURS + CENTRED: _rmsprop(optax_rms, centered=True, momentum=0.9),
+    OURS + CENTERED: _rmsprop(optax_rms, centered=True, momentum=0.9),
     UE6M2: lambda: _compressed(nu=optax_rms.UE6M2),
     UE6M2_MOMENTUM: lambda: _compressed(
         momentum=0.9, nu=optax_rms.UE6M2, trace=optax_rms.SE5M2
@@ -290,7 +290,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     SPLIT: lambda: optax_rms.split_master_weights(_compressed(nu=optax_rms.UE6M2)),
     OPTAX: _rmsprop(optax),
     OPTAX + MOMENTUM: _rmsprop(optax, momentum=0.9),
-    OPTAX + CENTRED: _rmsprop(optax, centered=True, momentum=0.9),
+    OPTAX + CENTERED: _rmsprop(optax, centered=True, momentum=0.9),
     FACTORED: _factored,
 }
 

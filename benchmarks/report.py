@@ -54,15 +54,15 @@ def drift(results: pathlib.Path) -> str:
     return markdown(head, rows)
 
 
-def centred_nan(results: pathlib.Path) -> str:
+def centered_nan(results: pathlib.Path) -> str:
     result = read(results, "fidelity")
     if result is None:
         return f"{NOT_MEASURED}\n"
     rows = [
         (f"`{name}`", version_of(name, result["versions"]), str(count))
-        for name, count in result["measured"]["centred_nan"].items()
+        for name, count in result["measured"]["centered_nan"].items()
     ]
-    return markdown(("centred", "version", "NaN weights of 1,000"), rows)
+    return markdown(("centered", "version", "NaN weights of 1,000"), rows)
 
 
 def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
@@ -362,7 +362,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "drift": drift,
-    "centred_nan": centred_nan,
+    "centered_nan": centered_nan,
     "quality": quality,
     "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,

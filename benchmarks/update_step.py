@@ -37,8 +37,8 @@ COMPARISONS = {
         ]
     ),
     "momentum": Comparison([peers.OURS + peers.MOMENTUM, peers.OPTAX + peers.MOMENTUM]),
-    "centred, momentum": Comparison(
-        [peers.OURS + peers.CENTRED, peers.OPTAX + peers.CENTRED]
+    "centered, momentum": Comparison(
+        [peers.OURS + peers.CENTERED, peers.OPTAX + peers.CENTERED]
     ),
     "storage formats": Comparison(
         [peers.OURS, peers.UE6M2, peers.UE8M8, peers.OPTAX, peers.BITSANDBYTES_8BIT]

@@ -34,7 +34,7 @@ import optax_rms
 
 OPTIMIZERS = {
     "RMSProp": optax_rms.rmsprop,
-    "RMSProp, centred": partial(optax_rms.rmsprop, centered=True),
+    "RMSProp, centered": partial(optax_rms.rmsprop, centered=True),
     "RMSProp, momentum": partial(optax_rms.rmsprop, momentum=0.9),
     "Adam": optax.adam,
     "Adagrad": optax.adagrad,

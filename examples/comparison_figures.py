@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 # The colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
 COLORS = {
     "RMSProp": "#0072B2",
-    "RMSProp, centred": "#56B4E9",
+    "RMSProp, centered": "#56B4E9",
     "RMSProp, momentum": "#009E73",
     "Adam": "#D55E00",
     "Adagrad": "#CC79A7",

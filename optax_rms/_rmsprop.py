@@ -114,14 +114,14 @@ def rmsprop(
 
     Everything between gradient and update is computed in float32, or float64 for
     float64 leaves; the update has the gradient's dtype. Per element the state holds 4
-    bytes, 8 with momentum or centred, 12 with both.
+    bytes, 8 with momentum or centered, 12 with both.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, or a schedule from the
         step count, starting at 0, to one.
       decay: weight of the past in the moving average, in [0, 1].
       eps: added to the mean square, or to its root; at least 0.
-      initial_scale: what the mean square (the variance, if centred) starts from.
+      initial_scale: what the mean square (the variance, if centered) starts from.
       eps_in_sqrt: whether ``eps`` sits inside the root.
       centered: whether to divide by the standard deviation of the gradient, its root
         mean square about its own moving average.
@@ -183,7 +183,7 @@ def rmsprop(
       https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
 
       Graves, 2013, Generating Sequences With Recurrent Neural Networks, eq. 38-45
-      (centred, with momentum), https://arxiv.org/abs/1308.0850
+      (centered, with momentum), https://arxiv.org/abs/1308.0850
     """
     rms = rms_step(
         decay,

@@ -23,7 +23,7 @@ class ScaleByStddevState(NamedTuple):
       count: number of steps taken, int32 scalar; ``None`` without bias correction.
       mu: mean of the gradients, bias-corrected if there is a ``count``.
       variance: mean squared distance of the gradients from their mean. It is not called
-        ``nu``, which in Optax's centred state is the mean square ``variance + |mu|^2``.
+        ``nu``, which in Optax's centered state is the mean square ``variance + |mu|^2``.
     """
 
     count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -193,7 +193,7 @@ def scale_by_rms(
 
     RMSProp without its learning rate: a preconditioner that gives every parameter steps
     of about the same size, however large or small its gradients are. A drop-in for
-    ``optax.scale_by_rms`` and, centred, for ``optax.scale_by_stddev``; see `rmsprop`
+    ``optax.scale_by_rms`` and, centered, for ``optax.scale_by_stddev``; see `rmsprop`
     for the whole optimizer.
 
     With gradient :math:`g_t` and :math:`\nu_0 =` ``initial_scale``,
@@ -228,7 +228,7 @@ def scale_by_rms(
         update is the sign of g, wherever float32 has a number for its square.
       eps: added to the mean square, or outside the root to the root; at least 0. It has
         the unit of ``|g|^2`` inside the root and of ``|g|`` outside.
-      initial_scale: what :math:`\nu` (:math:`s`, if centred) starts from; at least 0.
+      initial_scale: what :math:`\nu` (:math:`s`, if centered) starts from; at least 0.
         TensorFlow 1 starts from 1.
       eps_in_sqrt: whether ``eps`` sits inside the root, as in TensorFlow, or outside,
         as in PyTorch.
@@ -240,7 +240,7 @@ def scale_by_rms(
     Returns:
       A gradient transformation. Its state is ``optax.ScaleByRmsState`` (field ``nu``),
       with bias correction the class that Optax has for it (``count``, ``nu``), or,
-      centred, `ScaleByStddevState` (``count``, ``mu``, ``variance``).
+      centered, `ScaleByStddevState` (``count``, ``mu``, ``variance``).
 
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape
@@ -283,7 +283,7 @@ def scale_by_rms(
       https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
 
       Graves, 2013, Generating Sequences With Recurrent Neural Networks, eq. 38-45
-      (centred, with momentum), https://arxiv.org/abs/1308.0850
+      (centered, with momentum), https://arxiv.org/abs/1308.0850
 
       West, 1979, Updating mean and variance estimates: an improved method,
       Communications of the ACM 22(9), https://doi.org/10.1145/359146.359153

@@ -21,7 +21,7 @@ from optax_rms.dialects.keras import _schedules as schedules
 def dqn(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformation:
     """Deep Q-network on Atari, as in Nature.
 
-    Centred, with a decay of 0.95, epsilon 0.01 inside the root, averages from 0 and no
+    Centered, with a decay of 0.95, epsilon 0.01 inside the root, averages from 0 and no
     momentum: the rule of DeepMind's Lua code, in ``NeuralQLearner.lua``.
 
     Disputed is what the "gradient momentum 0.95" in the paper's table means. In that
@@ -345,7 +345,7 @@ def mobilenet_v3(
 
 
 def graves_handwriting(learning_rate: ArrayLike = 1e-4) -> optax.GradientTransformation:
-    """Recurrent networks that write by hand: centred RMSProp with momentum.
+    """Recurrent networks that write by hand: centered RMSProp with momentum.
 
     A decay of 0.95, a momentum of 0.9 with the learning rate inside, and epsilon 1e-4
     inside the root; averages from 0. The numbers are from memory, and are the defaults

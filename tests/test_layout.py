@@ -52,8 +52,9 @@ LAYERS = [
     ["storage._master_weights", "storage._compress_state"],
     ["storage._formats", "storage._rounding"],
     ["_leafwise"],
+    ["_schedules"],
     ["_checks"],
-    ["_leaf_names", "_numerics", "_schedules", "_types"],
+    ["_leaf_names", "_numerics", "_types"],
 ]
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -75,7 +75,9 @@ def test_trajectory_is_that_of_optax(eps_in_sqrt, centered, momentum):
 @pytest.mark.parametrize("momentum", MOMENTA, ids=["plain", "momentum", "nesterov"])
 @pytest.mark.parametrize("rate", [0.01, changing_rate], ids=["fixed", "schedule"])
 @pytest.mark.parametrize("bias_correction", BOTH)
-def test_uncentred_optax_checkpoint_restores_unchanged(bias_correction, rate, momentum):
+def test_uncentered_optax_checkpoint_restores_unchanged(
+    bias_correction, rate, momentum
+):
     options = {"bias_correction": bias_correction, **momentum}
     theirs, ours = optax.rmsprop(rate, **options), rmsprop(rate, **options)
     g = jnp.asarray(gradient_stream(STEPS))

@@ -41,7 +41,7 @@ def variant_id(variant):
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
-uncentred = pytest.mark.parametrize(
+uncentered = pytest.mark.parametrize(
     "variant", [v for v in VARIANTS if not v["centered"]], ids=variant_id
 )
 
@@ -87,7 +87,7 @@ def test_trajectory_is_that_of_optax(variant, initial_scale):
 
 @pytest.mark.parametrize("bias_correction", BOTH)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-def test_uncentred_optax_state_continues(bias_correction, dtype):
+def test_uncentered_optax_state_continues(bias_correction, dtype):
     g = jnp.asarray(gradient_stream(STEPS), dtype)
     theirs = optax.scale_by_rms(bias_correction=bias_correction)
     ours = scale_by_rms(bias_correction=bias_correction)
@@ -106,7 +106,7 @@ def test_uncentred_optax_state_continues(bias_correction, dtype):
         state = next_state
 
 
-@uncentred
+@uncentered
 @given(
     decay=st.sampled_from([0.0, 1e-30, 0.9, 0.999, 1 - 1e-6])
     | st.floats(0.0, 1.0, exclude_max=True, allow_subnormal=False),
@@ -513,12 +513,12 @@ def test_state_fields():
     corrected = scale_by_rms(bias_correction=True).init(p)
     assert corrected._fields == ("count", "nu")
     assert isinstance(corrected, type(optax.scale_by_rms(bias_correction=True).init(p)))
-    centred = scale_by_rms(centered=True, initial_scale=3.0).init(p)
-    assert isinstance(centred, optax_rms.ScaleByStddevState)
-    assert centred.count is None
+    centered = scale_by_rms(centered=True, initial_scale=3.0).init(p)
+    assert isinstance(centered, optax_rms.ScaleByStddevState)
+    assert centered.count is None
     np.testing.assert_array_equal(plain.nu, [3.0, 3.0])
-    np.testing.assert_array_equal(centred.variance, [3.0, 3.0])
-    np.testing.assert_array_equal(centred.mu, [0.0, 0.0])
+    np.testing.assert_array_equal(centered.variance, [3.0, 3.0])
+    np.testing.assert_array_equal(centered.mu, [0.0, 0.0])
 
 
 @pytest.mark.parametrize("centered", BOTH)

@@ -37,7 +37,7 @@ def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     The state may be part of a larger one, such as that of ``optax.chain``,
     ``optax.MultiSteps`` or ``optax.inject_hyperparams``: the states of
     ``optax.scale_by_rms`` and ``optax.scale_by_stddev`` in it are converted, and the
-    rest is left alone. Centred, Optax keeps the mean square :math:`\nu` where this
+    rest is left alone. Centered, Optax keeps the mean square :math:`\nu` where this
     library keeps the variance, which cannot turn negative by rounding:
 
     .. math::
@@ -50,7 +50,7 @@ def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     Args:
       opt_state: what ``init`` or ``update`` of an Optax optimizer returned.
       decay: the decay of the optimizer, in [0, 1); needed, and used, only if it is
-        centred and has bias correction.
+        centered and has bias correction.
 
     Returns:
       The state for the same optimizer with ``optax_rms`` in place of ``optax``.
@@ -132,7 +132,7 @@ def _is_rmsprop(state: Any) -> bool:
 
 
 def _convert(opt_state: PyTree, convert: Callable[[Any], Any]) -> PyTree:
-    """Convert each state of centred RMSProp that is somewhere in a state."""
+    """Convert each state of centered RMSProp that is somewhere in a state."""
 
     def visit(state):
         if isinstance(state, (_Rms, _RmsWithCount)):
@@ -145,7 +145,7 @@ def _convert(opt_state: PyTree, convert: Callable[[Any], Any]) -> PyTree:
 def _check(opt_state: PyTree, decay: Any, verb: str, centered: tuple[Any, ...]) -> None:
     """Raise one ``ValueError`` for all that is wrong with a state.
 
-    ``centered`` are the classes that centred RMSProp may have in it.
+    ``centered`` are the classes that centered RMSProp may have in it.
     """
     problems = Problems(f"the state cannot be {verb}")
     states = jax.tree.leaves_with_path(opt_state, is_leaf=_is_rmsprop)

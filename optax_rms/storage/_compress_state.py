@@ -60,7 +60,7 @@ def compress_state(
     =====================  ==========================================================
     optimizer              fields
     =====================  ==========================================================
-    RMSProp                ``nu``, or ``mu`` and ``variance`` if centred; ``trace``
+    RMSProp                ``nu``, or ``mu`` and ``variance`` if centered; ``trace``
     Adam                   ``nu``, ``mu``
     Adagrad                ``sum_of_squares``
     SGD with momentum      ``trace``

@@ -33,7 +33,7 @@ VALUES = {
     **dict.fromkeys(["weight_decay", "wd", "weightDecay"], 0.1),
     "initialMean": 0.5,
 }
-FLAGS = {"centered", "centred", "eps_inside_sqrt"}
+FLAGS = {"centered", "eps_inside_sqrt"}
 
 
 def jax_rmsprop(p, g, lr, t, s, gamma, eps):
@@ -150,10 +150,10 @@ def mindspore(p, g, lr, t, s, decay, momentum, epsilon, centered, weight_decay):
     return p - s["moment"]
 
 
-def flux(p, dx, lr, t, s, rho, epsilon, centred):
+def flux(p, dx, lr, t, s, rho, epsilon, centered):
     s["quad"] = rho * s.get("quad", 0.0) + (1 - rho) * abs(dx) ** 2
     lin = 0.0
-    if centred:
+    if centered:
         lin = s["lin"] = rho * s.get("lin", 0.0) + (1 - rho) * dx
     return p - dx * lr / (np.sqrt(s["quad"] - abs(lin) ** 2) + epsilon)
 
@@ -259,10 +259,10 @@ RULES = {
     "Chainer `RMSpropGraves`": chainer_graves,
     "pfrl `RMSpropEpsInsideSqrt`": pfrl,
     "Stable-Baselines3 `RMSpropTFLike`": stable_baselines3,
-    "MXNet 1, not centred": mxnet_1,
-    "MXNet 1, centred": mxnet_1_centered,
-    "MXNet 2, not centred": mxnet_2,
-    "MXNet 2, centred": mxnet_2_centered,
+    "MXNet 1, not centered": mxnet_1,
+    "MXNet 1, centered": mxnet_1_centered,
+    "MXNet 2, not centered": mxnet_2,
+    "MXNet 2, centered": mxnet_2_centered,
     "PaddlePaddle `RMSProp`": paddle,
     "MindSpore `nn.RMSProp`": mindspore,
     "Flux and Optimisers.jl `RMSProp`": flux,

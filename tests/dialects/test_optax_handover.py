@@ -90,7 +90,7 @@ def test_a_run_handed_over_and_back(centered, bias_correction, momentum):
 
 
 def optax_state(seed, decay, steps, bias_correction, dtype):
-    """A centred state that ``optax.rmsprop`` could have after some steps."""
+    """A centered state that ``optax.rmsprop`` could have after some steps."""
     rng = np.random.default_rng(seed)
     mu, nu = np.zeros(50, dtype), np.zeros(50, dtype)
     for _ in range(steps):

@@ -136,7 +136,7 @@ def path_error(trajectory, expected, start=0.0):
 def stream_for(steps, options):
     """Gradients on which the options show, and Keras' own rounding does not.
 
-    Centred, Keras subtracts: it is compared where the variance is most of E[g^2], as
+    Centered, Keras subtracts: it is compared where the variance is most of E[g^2], as
     the signs alternate, from step to step and not from call to call.
     """
     if options.get("centered"):

@@ -2,7 +2,7 @@
 """RMSProp in float64 NumPy, slow and plain, and gradients that tell dialects apart.
 
 Written from Hinton's lecture 6e (2012) and Graves (2013, eq. 38-45). It shares no code
-with the library and forms the centred variance from a float64 mean by its definition.
+with the library and forms the centered variance from a float64 mean by its definition.
 """
 
 import numpy as np

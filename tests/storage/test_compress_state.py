@@ -46,7 +46,7 @@ def labels(tree):
 # Transformations, formats for their fields, and how many elements then have codes.
 CASES = {
     "rmsprop": (optax.rmsprop(0.1, momentum=0.9), {"nu": UE6M2, "trace": SE5M2}, 34),
-    "centred": (optax.rmsprop(0.1, centered=True), {"nu": UE8M8, "mu": SE8M7}, 34),
+    "centered": (optax.rmsprop(0.1, centered=True), {"nu": UE8M8, "mu": SE8M7}, 34),
     "own": (
         rmsprop(0.1, centered=True, momentum=0.9),
         {"variance": UE6M2, "mu": SE8M7, "trace": SE5M2},

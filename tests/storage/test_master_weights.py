@@ -257,7 +257,7 @@ def test_sixteen_bits_are_a_float32_run_bit_for_bit(name):
     np.testing.assert_array_equal(split, plain)
     eight = run(split_master_weights(INNER[name], 8), start, gradients)
     assert not np.array_equal(eight, plain)
-    # Each of 20 steps adds a centred error from an interval of at most 2^-15 of the
+    # Each of 20 steps adds a centered error from an interval of at most 2^-15 of the
     # largest weight so far. By Hoeffding's inequality a sum of them is beyond
     # 2^-15 sqrt(20 k / 2) with probability 2 exp(-k): none of 10,000 for k = 17. Since
     # the gradients are given, nothing lets errors grow.

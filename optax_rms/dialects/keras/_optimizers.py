@@ -84,7 +84,7 @@ def rmsprop(
        from :math:`a = \theta` after the first step. With ``ema_overwrite_frequency``,
        the parameters become :math:`a` in the calls of every such step.
 
-    Where Keras is wrong, this is right: centred, Keras computes the variance as a
+    Where Keras is wrong, this is right: centered, Keras computes the variance as a
     difference of two nearly equal numbers, which rounding makes negative and the root
     NaN as soon as a gradient hardly changes for a hundred steps; here it cannot be
     negative. Keras keeps its state in the dtype of the parameters; here it is at least

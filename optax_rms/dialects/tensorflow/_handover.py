@@ -150,7 +150,7 @@ def export_state(
 ) -> dict[str, np.ndarray]:
     """The inverse of `import_state`: continue in TensorFlow what JAX has begun.
 
-    It is exact, bit for bit, for what was imported. Centred, TensorFlow keeps the mean
+    It is exact, bit for bit, for what was imported. Centered, TensorFlow keeps the mean
     square instead of the variance, of which only the leading digits remain where it is
     the much smaller of the two.
 

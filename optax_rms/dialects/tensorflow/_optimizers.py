@@ -132,7 +132,7 @@ def legacy_keras_rmsprop(
     where :math:`m_t` is the moving average of :math:`g_t`. Before all that, gradients
     are clipped: by ``clipvalue`` first, then by norm.
 
-    Where TensorFlow is wrong, this is right: centred and without momentum, it computes
+    Where TensorFlow is wrong, this is right: centered and without momentum, it computes
     the variance as a difference that rounding makes negative, and the root NaN, as soon
     as a gradient hardly changes for a hundred steps; here it cannot be negative. Sparse
     gradients and complex ones differ as in `rmsprop`. Very early versions of TensorFlow

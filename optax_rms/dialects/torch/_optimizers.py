@@ -75,7 +75,7 @@ def rmsprop(
     variance :math:`v_t - m_t^2` takes the place of :math:`v_t` under the root, where
     :math:`m_t` is the moving average of :math:`g_t`.
 
-    Where PyTorch is wrong, this is right: centred, PyTorch computes the variance as a
+    Where PyTorch is wrong, this is right: centered, PyTorch computes the variance as a
     difference of two nearly equal numbers, which rounding makes negative and the root
     NaN as soon as a gradient hardly changes for a hundred steps; here it cannot be
     negative. PyTorch keeps averages in the dtype of the parameters, where they stall in

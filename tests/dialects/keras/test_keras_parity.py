@@ -105,7 +105,7 @@ def combinations(draw):
     """Any options of Keras, with limits where they show."""
     options = {
         "learning_rate": draw(st.sampled_from([Rates(), 0.01])),
-        # Centred without a past, there is no variance, and Keras divides by rounding.
+        # Centered without a past, there is no variance, and Keras divides by rounding.
         "rho": draw(st.sampled_from([0.5, 0.9, 0.99])),
         "momentum": draw(st.sampled_from([0.0, 0.5, 0.9])),
         "epsilon": draw(st.sampled_from([EPSILON, 1e-3])),

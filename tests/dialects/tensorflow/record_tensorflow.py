@@ -36,7 +36,7 @@ STEPS = 75
 SHAPES = {"kernel": (4, 2), "bias": (4,)}
 CHANGING = "changing"
 
-# Centred cases run in float64: in float32 the frameworks lose the variance of a large
+# Centered cases run in float64: in float32 the frameworks lose the variance of a large
 # constant gradient to cancellation, and what is left is rounding error.
 CASES = {
     "rmsprop": {

@@ -383,7 +383,7 @@ def state_dicts(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(state_dicts())
 def test_round_trip_is_the_identity(state_dict):
-    """Bit for bit: import, export, import; and the export itself, unless centred."""
+    """Bit for bit: import, export, import; and the export itself, unless centered."""
     _, state = dialect.import_state(state_dict, convert, NAMES)
     exported = dialect.export_state(state, convert_back, NAMES, like=state_dict)
     _, again = dialect.import_state(exported, convert, NAMES)
@@ -862,7 +862,7 @@ def test_options_without_meaning_are_rejected(option):
             "max_lr_snapshot must be",
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_wrong_arguments_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):

@@ -43,7 +43,7 @@ OPTIONS = {
 def stream_for(options, steps, seed=0):
     """Gradients whose variance PyTorch can tell, where it has to.
 
-    Centred, it subtracts the squared mean from the mean square, which leaves it nothing
+    Centered, it subtracts the squared mean from the mean square, which leaves it nothing
     but rounding errors where the gradient, or the weight decay in it, hardly changes.
     """
     stream = reference.gradient_stream(steps, seed=seed)
@@ -213,7 +213,7 @@ def test_float64():
 
 
 def test_constant_gradients_turn_pytorch_to_nan_and_leave_this_finite():
-    """Centred, on gradients that hardly change, as the docstring says."""
+    """Centered, on gradients that hardly change, as the docstring says."""
     gradients = np.tile(np.logspace(-1, 3, 1000, dtype=np.float32), (400, 1))
     options = {"alpha": 0.9, "centered": True}
     optimizer = torch_runs.make_optimizer(
