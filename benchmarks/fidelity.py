@@ -9,8 +9,8 @@ momentum 0.9 and a cosine learning rate; then `optax.rmsprop` with the same numb
 then the dialect of this library. The drift is the distance between the end points over
 the distance that the framework's run covered.
 
-Centered RMSProp is measured on 1,000 constant gradients between 0.1 and 1000, decay 0.9,
-epsilon 1e-8, 400 steps: the count of weights that are NaN at the end.
+Centered RMSProp is measured on 1,000 constant gradients between 0.1 and 1000, decay
+0.9, epsilon 1e-8, 400 steps: the count of weights that are NaN at the end.
 """
 
 from typing import Any

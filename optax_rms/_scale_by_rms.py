@@ -22,8 +22,8 @@ class ScaleByStddevState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar; ``None`` without bias correction.
       mu: mean of the gradients, bias-corrected if there is a ``count``.
-      variance: mean squared distance of the gradients from their mean. It is not called
-        ``nu``, which in Optax's centered state is the mean square ``variance + |mu|^2``.
+      variance: mean squared distance of the gradients from their mean. The name ``nu``
+        is Optax's for the mean square, ``variance + |mu|^2``.
     """
 
     count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]

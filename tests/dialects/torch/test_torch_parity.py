@@ -43,8 +43,8 @@ OPTIONS = {
 def stream_for(options, steps, seed=0):
     """Gradients whose variance PyTorch can tell, where it has to.
 
-    Centered, it subtracts the squared mean from the mean square, which leaves it nothing
-    but rounding errors where the gradient, or the weight decay in it, hardly changes.
+    Centered, PyTorch subtracts the squared mean from the mean square, which leaves
+    rounding errors only where the gradient, or the weight decay in it, hardly changes.
     """
     stream = reference.gradient_stream(steps, seed=seed)
     if options.get("centered"):
