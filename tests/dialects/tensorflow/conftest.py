@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script among the tests, which only imports where TensorFlow is installed."""
+"""Scripts among the tests, which only import where TensorFlow is installed."""
 
-collect_ignore = ["record_tensorflow.py"]
+collect_ignore = ["record_saved_files.py", "record_tensorflow.py"]
