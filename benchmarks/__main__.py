@@ -23,6 +23,7 @@ from benchmarks import record
 PARTS = {
     "update_step": True,
     "growth": True,
+    "stages": True,
     "memory": True,
     "quality": False,
     "fidelity": False,

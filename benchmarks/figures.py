@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks import peers
+from benchmarks import peers, stages
 from benchmarks.update_step import COPY
 
 # The colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
@@ -23,30 +23,32 @@ COLORS = {
 }
 COPY_LABEL = "copy of as many bytes as float32 needs"
 
+STYLES = {stages.ONE_SHAPE: "-", stages.ALL_DIFFERENT: ":"}
+
 Rows = list[dict[str, Any]]
 
 
-def growth(measured: dict[str, Any]) -> Figure:
-    """Four panels: a step over parameters and leaves; tracing and compiling."""
-    rows, total = measured["rows"], f"{measured['total']:,}"
+def growth(steps: dict[str, Any], before: dict[str, Any]) -> Figure:
+    """Four panels: a step over parameters and leaves; tracing and compiling.
+
+    Args:
+      steps: measured by `benchmarks.growth`.
+      before: measured by `benchmarks.stages`.
+    """
+    rows, total = steps["rows"], f"{steps['total']:,}"
     figure = Figure(figsize=(11, 8), layout="constrained", dpi=110)
     axes = figure.subplots(2, 2).ravel()
     panels = [
-        ("One step, one leaf", "parameters", "elements", ["step"]),
-        (f"One step, {total} parameters", "leaves", "leaves", ["step"]),
-        ("Trace and lower", "leaves", "stages", ["trace", "lower"]),
-        ("Compile", "leaves", "stages", ["compile"]),
+        ("One step, one leaf", "parameters", "elements"),
+        (f"One step, {total} parameters", "leaves", "leaves"),
+        ("Trace and lower", "leaves", "trace_and_lower"),
+        ("Compile", "leaves", "compile"),
     ]
-    for panel, (title, label, kind, stages) in zip(axes, panels, strict=True):
-        if kind == "stages":
-            _curves(panel, rows["stages, one shape"], stages, "-")
-            _curves(panel, rows["stages, all shapes"], stages, ":")
-            styles = [Line2D([], [], color="black", linestyle=s) for s in ("-", ":")]
-            panel.legend(
-                styles, ["leaves of one shape", "all shapes distinct"], frameon=False
-            )
-        else:
+    for panel, (title, label, kind) in zip(axes, panels, strict=True):
+        if kind in rows:
             _step_curves(panel, rows[kind])
+        else:
+            _stage_curves(panel, before["rows"], kind)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds")
         panel.set_title(title, loc="left", fontweight="bold")
         panel.grid(alpha=0.3)
@@ -75,10 +77,14 @@ def _step_curves(axes: Axes, rows: Rows) -> None:
             )
 
 
-def _curves(axes: Axes, rows: Rows, stages: list[str], linestyle: str) -> None:
-    for side, points in _by_side(rows).items():
-        seconds = [sum(row[stage]["median"] for stage in stages) for row in points]
-        _plot(axes, side, [row["n"] for row in points], seconds, linestyle)
+def _stage_curves(axes: Axes, rows: Rows, stage: str) -> None:
+    for shapes, linestyle in STYLES.items():
+        chosen = [row for row in rows if row["shapes"] == shapes]
+        for side, points in _by_side(chosen).items():
+            seconds = [row[stage]["median"] for row in points]
+            _plot(axes, side, [row["n"] for row in points], seconds, linestyle)
+    handles = [Line2D([], [], color="black", linestyle=s) for s in STYLES.values()]
+    axes.legend(handles, ["leaves of one shape", "all shapes distinct"], frameon=False)
 
 
 def _by_side(rows: Rows) -> dict[str, Rows]:

@@ -49,6 +49,16 @@ def gpt2() -> Shapes:
     return [(50257, width), (1024, width), *12 * block, *norm]
 
 
+def equal_shapes(count: int, total: int) -> Shapes:
+    """Vectors of one shape, with about ``total`` elements together."""
+    return count * [(total // count,)]
+
+
+def distinct_shapes(count: int, total: int) -> Shapes:
+    """Vectors of distinct shapes, with about ``total`` elements together."""
+    return [(total // count - count // 2 + i,) for i in range(count)]
+
+
 LEAF_SETS = {
     "one leaf of 16M": [(4096, 4096)],
     "ResNet-50": resnet50(),

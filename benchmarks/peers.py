@@ -33,12 +33,10 @@ class Run(Protocol):
       state_bytes: size of the optimizer's state.
       moved_bytes: what a step must read and write: gradients once, parameters and
         state twice.
-      compile_seconds: what came before the first step, by stage; empty if nothing did.
     """
 
     state_bytes: int
     moved_bytes: int
-    compile_seconds: dict[str, float]
 
     def __call__(self, steps: int) -> None:
         """Take steps, and wait for the end of the last."""
@@ -92,7 +90,8 @@ class JaxRun:
     """A jitted function of parameters, state and gradients to the first two, donated.
 
     Attributes:
-      compiled: the executable, which tells what it needs.
+      compiled: the executable, which reports its memory and traffic.
+      compile_seconds: seconds to trace, to lower and to compile the step.
     """
 
     def __init__(self, step: Callable, params: Any, state: Any, gradients: Any):
@@ -164,8 +163,6 @@ class TorchRun:
         self._wait = (
             torch.cuda.synchronize if params[0].is_cuda else torch.cpu.synchronize
         )
-        self.compile_seconds = {}
-        start = time.perf_counter()
         if is_compiled:
             torch._dynamo.reset()
             self._step = torch.compile(optimizer.step)
@@ -174,8 +171,6 @@ class TorchRun:
         except RuntimeError as error:
             line = str(error).strip().splitlines()[0]
             raise NotMeasured(f"fails: {line}") from error
-        if is_compiled:
-            self.compile_seconds["compile"] = time.perf_counter() - start
         state = [x for s in optimizer.state.values() for x in s.values()]
         tensors = [x for x in state if isinstance(x, torch.Tensor)]
         self.state_bytes = sum(x.nbytes for x in tensors)
@@ -201,7 +196,7 @@ def torch_compile_run(leaves: Leaves) -> TorchRun:
 
 def timm_run(leaves: Leaves) -> TorchRun:
     module("timm", is_imported=False)
-    from tests.frameworks import require_submodule
+    from tests.helpers.frameworks import require_submodule
 
     params = leaves.torch_params
     optimizer = require_submodule("timm.optim.rmsprop_tf").RMSpropTF

@@ -20,15 +20,14 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.leaves import LEAF_SETS
 from benchmarks.record import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 IMAGES = ROOT / "docs" / "images"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 DEVICES = ("cpu", "h100", "h200")
-STAGES = ("trace", "lower", "compile")
 NOT_MEASURED = "not measured"
+GROWTH_PARTS = ("growth", "stages")
 
 LOSSES = ("train_loss", "validation_loss")
 
@@ -50,19 +49,35 @@ def drift(results: pathlib.Path) -> str:
         )
         for row in result["measured"]["drift"]
     ]
-    head = ("a run of", "version", "`optax.rmsprop`, same numbers", "its dialect here")
+    head = (
+        "a run of",
+        "version",
+        "drift with `optax.rmsprop`, %",
+        "drift with its dialect, %",
+    )
     return markdown(head, rows)
 
 
-def centered_nan(results: pathlib.Path) -> str:
+def centered(results: pathlib.Path) -> str:
     result = read(results, "fidelity")
     if result is None:
         return f"{NOT_MEASURED}\n"
     rows = [
-        (f"`{name}`", version_of(name, result["versions"]), str(count))
-        for name, count in result["measured"]["centered_nan"].items()
+        (
+            f"`{row['optimizer']}`",
+            version_of(row["optimizer"], result["versions"]),
+            "yes" if row["centered"] else "no",
+            f"{row['eps']:g}",
+            str(row["nan_weights"]),
+            two_figures(row["longest_step"]),
+        )
+        for row in result["measured"]["centered"]
     ]
-    return markdown(("centered", "version", "NaN weights of 1,000"), rows)
+    head = (
+        *("optimizer", "version", "centered", "eps"),
+        *("NaN weights of 1,000", "longest step, learning rates"),
+    )
+    return markdown(head, rows)
 
 
 def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
@@ -89,9 +104,7 @@ def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
 
 def milliseconds(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     del group
-    keys = ("median", "lower_quartile", "upper_quartile")
-    median, lower, upper = (significant(1e3 * row["seconds"][key]) for key in keys)
-    return f"{median} ({lower} to {upper})"
+    return with_quartiles(row["seconds"], unit=1e-3)
 
 
 def multiple_of_limit(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
@@ -104,54 +117,6 @@ def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     """Time over that of the first side of the comparison."""
     first = next(r for r in group if r["side"] != "copy")
     return f"{row['seconds']['median'] / first['seconds']['median']:.2f}"
-
-
-# Comparison, side, those whose fastest it is measured by, and the share of its time
-# that is the aim; `None` where there is no aim.
-AIMS = (
-    ("JAX", "optax_rms.rmsprop", ("optax.rmsprop",), 1.02),
-    (
-        "PyTorch",
-        "optax_rms.rmsprop",
-        ("torch.optim.RMSprop, foreach=False", "torch.optim.RMSprop, foreach=True"),
-        0.35,
-    ),
-    (
-        "PyTorch",
-        "optax_rms.rmsprop",
-        ("torch.optim.RMSprop, torch.compile",),
-        None,
-    ),
-    ("storage formats", "optax_rms.rmsprop, nu=UE6M2", ("optax_rms.rmsprop",), 1.25),
-)
-
-
-def aims(results: pathlib.Path) -> str:
-    """What was aimed at on a CPU and what was reached; in bold where it was not."""
-    result = read(results, "update_step.cpu")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
-    medians = {
-        (row["comparison"], row["leaves"], row["side"]): row["seconds"]["median"]
-        for row in result["measured"]["rows"]
-        if "seconds" in row
-    }
-    columns = list(dict.fromkeys(leaves for _, leaves, _ in medians))
-    rows = []
-    for comparison, side, others, aim in AIMS:
-        texts = []
-        for leaves in columns:
-            cells = [(comparison, leaves, other) for other in others]
-            times = [medians[cell] for cell in cells if cell in medians]
-            if not times:
-                texts.append(NOT_MEASURED)
-                continue
-            ratio = medians[comparison, leaves, side] / min(times)
-            is_missed = aim is not None and ratio > aim
-            texts.append(f"**{ratio:.2f}**" if is_missed else f"{ratio:.2f}")
-        names = " or ".join(f"`{other}`" for other in others)
-        rows.append((f"`{side}`", names, str(aim or ""), *texts))
-    return markdown(("time of", "over that of", "at most", *columns), rows)
 
 
 def memory(results: pathlib.Path, device: str) -> str:
@@ -194,7 +159,7 @@ def compiled(results: pathlib.Path) -> str:
 
 def growth(results: pathlib.Path, device: str) -> str:
     """The picture, which `benchmarks.figures` draws."""
-    if read(results, f"growth.{device}") is None:
+    if any(read(results, f"{part}.{device}") is None for part in GROWTH_PARTS):
         return f"{NOT_MEASURED}\n"
     return f"![Growth of the times, {device}](images/growth.{device}.png)\n"
 
@@ -267,47 +232,50 @@ def stored_roots(results: pathlib.Path) -> str:
 
 
 def stages(results: pathlib.Path, device: str) -> str:
-    """Time of `optax_rms.rmsprop` before its first step, over that of Optax."""
-    grown, steps = (read(results, f"{p}.{device}") for p in ("growth", "update_step"))
-    if grown is None or steps is None:
+    """Time of `optax_rms.rmsprop` before its first step, and that of Optax.
+
+    Both sides compiled the same leaves in the same rounds of one measurement.
+    """
+    result = read(results, f"stages.{device}")
+    if result is None:
         return f"{NOT_MEASURED}\n"
-    names = {"one shape": "one shape", "all shapes": "all different"}
-    samples: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
-    for kind, name in names.items():
-        for row in grown["measured"]["rows"][f"stages, {kind}"]:
-            cell = samples.setdefault((name, f"{row['n']:,}"), {})
-            times = [row[stage]["median"] for stage in STAGES]
-            cell.setdefault(row["side"], []).append(times)
-    for row in steps["measured"]["rows"]:
-        if times := row.get("compile_seconds"):
-            count = len(LEAF_SETS.get(row["leaves"], []))
-            cell = samples.setdefault((row["leaves"], f"{count:,}"), {})
-            cell.setdefault(row["side"], []).append([times.get(s, 0) for s in STAGES])
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in result["measured"]["rows"]:
+        cell = cells.setdefault((row["shapes"], f"{row['n']:,}"), {})
+        cell[row["side"]] = row
     rows = []
-    for cell, sides in samples.items():
-        (*ours, our_compile), (*theirs, their_compile) = (
-            map(statistics.median, zip(*sides[side], strict=True))
-            for side in ("optax_rms.rmsprop", "optax.rmsprop")
-        )
-        ratios = sum(ours) / sum(theirs), our_compile / their_compile
-        rows.append((*cell, *(f"{ratio:.2f}" for ratio in ratios)))
-    return markdown(("shapes", "leaves", "trace and lower", "compile"), rows)
+    for cell, sides in cells.items():
+        ours, theirs = sides["optax_rms.rmsprop"], sides["optax.rmsprop"]
+        texts = []
+        for stage in ("trace_and_lower", "compile"):
+            ratio = ours[stage]["median"] / theirs[stage]["median"]
+            texts += [with_quartiles(side[stage], unit=1) for side in (ours, theirs)]
+            texts.append(f"{ratio:.2f}")
+        rows.append((*cell, *texts))
+    head = (
+        *("shapes", "leaves"),
+        *("trace and lower, s", "Optax, s", "ratio"),
+        *("compile, s", "Optax, s", "ratio"),
+    )
+    return markdown(head, rows)
 
 
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
-    parts = ("update_step", "growth", "memory")
+    parts = ("update_step", "growth", "memory", "stages")
     return origin_of(results, *(f"{part}.{device}" for part in parts))
 
 
 def origin_of(results: pathlib.Path, *names: str) -> str:
-    rows = []
+    rows = []  # One for each command, whose parts may have a file each.
     for result in filter(None, (read(results, name) for name in names)):
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
         machine = result["machine"]
         where = f"{machine['device']}, {machine['cores']} cores"
         command = f"`{result['command']}`"
-        rows.append((command, where, result["date"], str(result["commit"]), versions))
+        row = command, where, result["date"], str(result["commit"]), versions
+        if row not in rows:
+            rows.append(row)
     head = ("command", "machine", "date", "commit", "versions")
     return markdown(head, rows) if rows else f"{NOT_MEASURED}\n"
 
@@ -341,14 +309,27 @@ def spread(values: list[float]) -> str:
 
 
 def percent(fraction: float) -> str:
+    """In percent, to one significant figure below 1 %; the unit is in the head."""
     digits = max(0, -math.floor(math.log10(100 * fraction)))
-    return f"{100 * fraction:.{digits}f} %"
+    return f"{100 * fraction:.{digits}f}"
+
+
+def with_quartiles(seconds: dict[str, float], unit: float) -> str:
+    """Median and quartiles, in a ``unit`` of so many seconds."""
+    keys = ("median", "lower_quartile", "upper_quartile")
+    median, lower, upper = (significant(seconds[key] / unit) for key in keys)
+    return f"{median} ({lower} to {upper})"
 
 
 def significant(x: float) -> str:
     """Three significant figures."""
     digits = max(0, 2 - math.floor(math.log10(x))) if x else 0
     return f"{x:.{digits}f}"
+
+
+def two_figures(x: float) -> str:
+    """Two significant figures, without an exponent: 3,600,000."""
+    return f"{float(f'{x:.2g}'):,.10g}"
 
 
 def per_parameter(n: float | None) -> str:
@@ -362,46 +343,28 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "drift": drift,
-    "centered_nan": centered_nan,
+    "centered": centered,
     "quality": quality,
     "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,
-    "aims": aims,
     "compiled": compiled,
     "origin_compiled": lambda results: origin_of(results, "compiled"),
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
 }
-OF_DEVICE: dict[str, tuple[str, Callable[..., str]]] = {
-    "origin": ("", origin),
-    "times": (
-        "Milliseconds per step:",
-        functools.partial(update_step, cell=milliseconds),
-    ),
-    "limits": (
-        "As multiples of the limit:",
-        functools.partial(update_step, cell=multiple_of_limit),
-    ),
-    "ratios": (
-        "As multiples of the first row of the comparison:",
-        functools.partial(update_step, cell=relative),
-    ),
-    "memory": ("Bytes per parameter:", memory),
-    "growth": ("Growth:", growth),
-    "stages": ("Time before the first step, over Optax's:", stages),
+OF_DEVICE: dict[str, Callable[..., str]] = {
+    "origin": origin,
+    "times": functools.partial(update_step, cell=milliseconds),
+    "limits": functools.partial(update_step, cell=multiple_of_limit),
+    "ratios": functools.partial(update_step, cell=relative),
+    "memory": memory,
+    "growth": growth,
+    "stages": stages,
 }
-
-
-def all_of_device(results: pathlib.Path, device: str) -> str:
-    texts = [(title, table(results, device)) for title, table in OF_DEVICE.values()]
-    if all(text == f"{NOT_MEASURED}\n" for _, text in texts):
-        return f"{NOT_MEASURED}\n"
-    return "\n".join(f"{title}\n\n{text}" for title, text in texts).lstrip()
-
-
-for _device in DEVICES:
-    TABLES[f"all_{_device}"] = functools.partial(all_of_device, device=_device)
-    for _name, (_, _table) in OF_DEVICE.items():
-        TABLES[f"{_name}_{_device}"] = functools.partial(_table, device=_device)
+TABLES |= {
+    f"{name}_{device}": functools.partial(table, device=device)
+    for device in DEVICES
+    for name, table in OF_DEVICE.items()
+}
 
 
 def rendered(page: str, results: pathlib.Path = RESULTS) -> str:
@@ -437,9 +400,11 @@ def draw(results: pathlib.Path, images: pathlib.Path) -> None:
     from benchmarks import figures
 
     for device in DEVICES:
-        result = read(results, f"growth.{device}")
-        if result is not None:
-            figures.growth(result["measured"]).savefig(images / f"growth.{device}.png")
+        found = [read(results, f"{part}.{device}") for part in GROWTH_PARTS]
+        if None not in found:
+            steps, before = (result["measured"] for result in found if result)
+            figure = figures.growth(steps, before)
+            figure.savefig(images / f"growth.{device}.png")
 
 
 if __name__ == "__main__":

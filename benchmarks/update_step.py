@@ -81,7 +81,6 @@ def compare(
                 "side": side,
                 "moved_bytes": runs[side].moved_bytes,
                 "seconds": times[side],
-                "compile_seconds": runs[side].compile_seconds,
             }
         )
     return rows

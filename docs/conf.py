@@ -3,19 +3,37 @@
 
 from importlib.metadata import version as installed_version
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 project = "optax_rms"
 author = copyright = "the optax_rms authors"
 version = release = installed_version("optax-rms")
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["mathematics.css"]
+# Browsers display MathML without a script and without a network. MathJax, the default,
+# comes from a server, and a page without a network shows the TeX source.
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 autodoc_typehints = "none"
 default_role = "py:obj"
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 napoleon_include_init_with_doc = False
+
+
+def write_mathml(translator, node):
+    """Write a formula as MathML; TeX that docutils cannot convert fails the build."""
+    is_block = isinstance(node, nodes.math_block)
+    mathml = tex2mathml(node.astext(), as_block=is_block)
+    # A wide formula scrolls in a box of its own, and the page does not.
+    box = f'<div class="formula">{mathml}</div>' if is_block else mathml
+    translator.body.append(box)
+    raise nodes.SkipNode
+
+
+def setup(app):
+    renderers = (write_mathml, None), (write_mathml, None)
+    app.add_html_math_renderer("mathml", *renderers)

@@ -16,7 +16,7 @@ class Minifloat:
     r"""A floating-point format of one or two bytes, with stochastic rounding.
 
     With :math:`M = 2^{\text{mantissa_bits}}` and :math:`l = \text{lowest_exponent}`,
-    the codes :math:`c = 0, 1, 2, \dots` stand for the magnitudes
+    the codes :math:`c = 0, 1, 2, \ldots` stand for the magnitudes
 
     .. math::
       2^l \left( 2^{\lfloor c / M \rfloor} (1 + (c \bmod M) / M) - 1 \right).

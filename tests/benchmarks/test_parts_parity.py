@@ -12,7 +12,8 @@ from helpers.frameworks import require, require_submodule
 
 import optax_rms
 from benchmarks import __main__ as command
-from benchmarks import growth, memory, peers, update_step
+from benchmarks import growth, memory, peers, stages, update_step
+from benchmarks.leaves import distinct_shapes
 
 SHAPES = [(4, 256), (8,)]
 JAX_SIDES = [peers.OURS, peers.OPTAX]
@@ -37,22 +38,54 @@ def test_update_step():
 
 
 def test_growth(monkeypatch):
-    monkeypatch.setattr(growth, "JAX_SIDES", [peers.OPTAX])
     monkeypatch.setattr(growth, "QUICK_ELEMENTS", [1000])
     monkeypatch.setattr(growth, "QUICK_LEAF_COUNTS", [2])
     monkeypatch.setattr(growth, "QUICK_TOTAL", 100)
-    monkeypatch.setattr(growth, "STEP_SIDES", [*JAX_SIDES, peers.COMPILED])
+    monkeypatch.setattr(growth, "COMPARED", [*JAX_SIDES, peers.COMPILED])
     rows = growth.measure(quick=True, progress=in_silence)["rows"]
     assert {row["side"] for row in rows["elements"]} == {*JAX_SIDES, growth.COPY}
-    assert [row["side"] for row in rows["stages, all shapes"]] == [peers.OPTAX]
     assert all(row["n"] == 2 for row in rows["leaves"])
+
+
+def test_stages(monkeypatch):
+    monkeypatch.setattr(stages, "COMPARED", JAX_SIDES)
+    monkeypatch.setattr(stages, "QUICK_LEAF_COUNTS", [2])
+    monkeypatch.setattr(stages, "QUICK_TOTAL", 100)
+    rows = stages.measure(quick=True, progress=in_silence)["rows"]
+    found = {(row["shapes"], row["n"], row["side"]) for row in rows}
+    shapes = (stages.ONE_SHAPE, stages.ALL_DIFFERENT)
+    assert found == {(name, 2, side) for name in shapes for side in JAX_SIDES}
+    for row in rows:
+        for stage in ("trace_and_lower", "compile"):
+            assert row[stage]["rounds"] == stages.QUICK_ROUNDS
+            assert row[stage]["median"] > 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 25, 1000])
 def test_distinct_shapes_add_up(count):
-    shapes = growth.distinct_shapes(count, growth.TOTAL)
+    shapes = distinct_shapes(count, growth.TOTAL)
     assert len(set(shapes)) == count
     assert sum(n for (n,) in shapes) == pytest.approx(growth.TOTAL, rel=1e-3)
+
+
+def test_centered_is_finite_with_steps_as_long_as_epsilon_admits():
+    require("torch")
+    require("keras")
+    from benchmarks import fidelity
+
+    rows = fidelity.centered()
+    ours = [row for row in rows if row["optimizer"] == "optax_rms.rmsprop"]
+    assert all((row["nan_weights"] == 0) == (row in ours) for row in rows)
+    # A step is the difference of two float32 weights, each of at most 400 steps.
+    tolerance = 400 * 2**-23
+    for row in ours:
+        # The variance is at least 0, so that |g| / sqrt(eps) is the limit.
+        assert row["longest_step"] <= 1000 / row["eps"] ** 0.5 * (1 + tolerance)
+    (large,) = (row for row in ours if row["eps"] == 1e-2)
+    assert large["longest_step"] == pytest.approx(1000 / 0.1, rel=tolerance)
+    (plain,) = (row for row in ours if not row["centered"])
+    # The first step: the mean square is 1 - decay = 0.1 of the squared gradient.
+    assert plain["longest_step"] == pytest.approx(0.1**-0.5, rel=tolerance)
 
 
 def test_memory(monkeypatch):
