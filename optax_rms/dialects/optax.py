@@ -16,15 +16,14 @@ import optax
 from optax_rms._leaf_names import dotted_name
 from optax_rms._rmsprop import rmsprop as rmsprop
 from optax_rms._scale_by_rms import ScaleByStddevState
+from optax_rms._scale_by_rms import _ScaleByRmsWithCountState as _RmsWithCount
 from optax_rms._types import PyTree
 from optax_rms.dialects._shared import reading, variances
+from optax_rms.dialects._shared.inverse import exact_inverse
 from optax_rms.dialects._shared.problems import Problems
 
-# Optax exports the two classes without a count only.
+# Optax exports only the two classes without a count.
 _Rms: Any = optax.ScaleByRmsState
-_RmsWithCount: Any = type(
-    jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ())
-)
 _Stddev: Any = optax.ScaleByRStdDevState
 _StddevWithCount: Any = type(
     jax.eval_shape(optax.scale_by_stddev(bias_correction=True).init, ())
@@ -218,9 +217,8 @@ def _variance(nu: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:
 
 def _mean_square(variance: np.ndarray, mu: np.ndarray, weight: float) -> np.ndarray:
     """The inverse of `_variance`, complex as the mean is."""
-    guess = variance + weight * np.square(np.abs(_widen(mu)))
-    nu = _invert(lambda x: _variance(x, mu, weight), guess, variance)
-    return nu.astype(mu.dtype)
+    mean = math.sqrt(weight) * np.abs(_widen(mu))
+    return variances.mean_square(variance, mean, variance.dtype).astype(mu.dtype)
 
 
 def _divide(mu: np.ndarray, weight: float) -> np.ndarray:
@@ -232,24 +230,8 @@ def _multiply(mu: Any, weight: float) -> np.ndarray:
     if np.iscomplexobj(mu):
         parts = [_multiply(x, weight) for x in (mu.real, mu.imag)]
         return np.stack(parts, axis=-1).view(mu.dtype)[..., 0]
-    return _invert(lambda x: _divide(x, weight), _widen(mu) * weight, mu)
-
-
-def _invert(function, guess: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """An array of which the function is ``value`` bit for bit, if there is one.
-
-    A value that came from a rounded number comes from the rounded guess as well, or
-    from one of its neighbours.
-    """
-    nearest = guess.astype(value.dtype)
-    infinity = np.asarray(np.inf, value.dtype)
-    neighbours = [
-        nearest,
-        np.nextafter(nearest, -infinity),
-        np.nextafter(nearest, infinity),
-    ]
-    exact = [function(x) == value for x in neighbours]
-    return np.select(exact, neighbours, nearest)
+    guess = (_widen(mu) * weight).astype(mu.dtype)
+    return exact_inverse(lambda x: _divide(x, weight), guess, mu)
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hand-overs of all frameworks share."""
+"""Code that several dialects share: clipping, and import and export of states."""

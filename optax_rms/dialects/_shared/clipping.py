@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_rms._numerics import zero_at_zero
+from optax_rms._numerics import widen, zero_at_zero
 from optax_rms._types import PyTree
 
 
@@ -38,7 +38,7 @@ def clip_by_global_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
 
 def _norm(tree: PyTree) -> jax.Array:
     dtype = jnp.result_type(float)
-    squares = [jnp.sum(jnp.square(jnp.abs(_widen(g)))) for g in jax.tree.leaves(tree)]
+    squares = [jnp.sum(jnp.square(jnp.abs(widen(g)))) for g in jax.tree.leaves(tree)]
     total = sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype))
     return zero_at_zero(jnp.sqrt)(total)
 
@@ -49,10 +49,5 @@ def _factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:
 
 
 def _scale(g: ArrayLike, factor: jax.Array) -> jax.Array:
-    wide = _widen(g)
+    wide = widen(g)
     return (wide * factor.astype(wide.dtype)).astype(jnp.result_type(g))
-
-
-def _widen(g: ArrayLike) -> jax.Array:
-    g = jnp.asarray(g)
-    return g.astype(jnp.float32) if jnp.finfo(g.dtype).bits < 32 else g

@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from optax_rms.dialects._shared.inverse import exact_inverse
+
 
 def is_less_than_square(
     mean_square: np.ndarray, mean: np.ndarray, dtype: Any = np.float32
@@ -33,24 +35,22 @@ def variance(mean_square: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.maximum(wide, 0).astype(dtype)
 
 
-def mean_square(variance_: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """The inverse of `variance`, in the dtype of ``mean``.
+def mean_square(
+    variance_: np.ndarray, mean: np.ndarray, dtype: Any = None
+) -> np.ndarray:
+    """The inverse of `variance`, in ``dtype`` or that of ``mean``.
 
-    Of a mean square much larger than the variance only the leading digits of the latter
-    remain, in every framework that stores it. But a variance that came from such a mean
-    square comes from the result as well, bit for bit: the original lies within half a
-    step of the sum, so that it is the rounded sum or one of its two neighbours.
+    Of a mean square much larger than the variance, only the leading digits of the
+    variance remain, in every framework that stores the mean square. But a variance that
+    came from such a mean square comes from the result as well, bit for bit.
     """
+    dtype = dtype or mean.dtype
     if np.iscomplexobj(variance_):
         return _by_parts(mean_square, variance_, mean)
     wide = variance_.astype(np.float64) + np.square(mean.astype(np.float64))
     with np.errstate(over="ignore"):
-        nearest = wide.astype(mean.dtype)
-    below, above = (
-        np.nextafter(nearest, np.asarray(limit, mean.dtype)) for limit in (0, np.inf)
-    )
-    exact = [variance(x, mean) == variance_ for x in (nearest, below, above)]
-    return np.select(exact, [nearest, below, above], nearest)
+        nearest = wide.astype(dtype)
+    return exact_inverse(lambda squares: variance(squares, mean), nearest, variance_)
 
 
 def _by_parts(function, *arrays):

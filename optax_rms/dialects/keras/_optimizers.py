@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSProp as Keras 3 has it."""
+"""RMSProp of Keras 3."""
 
 import functools
 import inspect
@@ -14,13 +14,15 @@ from jax.typing import ArrayLike
 from optax_rms import _checks as checks
 from optax_rms import _leafwise as leafwise
 from optax_rms import _rmsprop
-from optax_rms._types import LearningRate, PyTree
+from optax_rms._numerics import is_zero, widen
+from optax_rms._schedules import as_schedule, check_learning_rate
+from optax_rms._types import LearningRate, Number, PyTree, Schedule
 from optax_rms.dialects._shared import clipping
 from optax_rms.dialects.keras import _schedules as schedules
 
 
 class RMSpropState(NamedTuple):
-    """State of the Keras dialect.
+    """State of `rmsprop`.
 
     Attributes:
       count: number of calls of ``update``, int32 scalar; Keras' ``iteration``.
@@ -56,7 +58,7 @@ def rmsprop(
     exclude_from_weight_decay: PyTree | Callable[[PyTree], PyTree] | None = None,
     loss_scale_factor: None = None,
     name: None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""``keras.optimizers.RMSprop`` of Keras 3.
 
     The updates are those of Keras, step for step, up to rounding. In this order:
@@ -171,122 +173,181 @@ def rmsprop(
         ),
         name=(name, None, "optax.named_chain gives names to states."),
     )
-    learning_rate = _check_learning_rate(learning_rate)
     momentum = checks.check_number("momentum", momentum, 0, 1)
-    inner = functools.partial(
-        _rmsprop.rmsprop,
-        decay=checks.check_number("rho", rho, 0, 1),
-        eps=checks.check_number("epsilon", epsilon),
-        centered=centered,
-        momentum=None if isinstance(momentum, float) and momentum == 0 else momentum,
-    )
-    inner_init = inner(0.0).init
-    if weight_decay is not None:
-        weight_decay = checks.check_number("weight_decay", weight_decay)
-    clip = _clipping(clipnorm, clipvalue, global_clipnorm)
-    use_ema = checks.check_flag("use_ema", use_ema)
-    ema_momentum = checks.check_number("ema_momentum", ema_momentum, 0, 1)
-    frequency = checks.check_steps(
-        "ema_overwrite_frequency", ema_overwrite_frequency, optional=True
-    )
-    calls = checks.check_steps(
+    calls_per_step = checks.check_steps(
         "gradient_accumulation_steps", gradient_accumulation_steps, 2, optional=True
     )
+    averages = checks.check_flag("use_ema", use_ema)
+    ema_momentum = checks.check_number("ema_momentum", ema_momentum, 0, 1)
+    settings = _Settings(
+        schedule=_as_schedule(learning_rate),
+        inner=functools.partial(
+            _rmsprop.rmsprop,
+            decay=checks.check_number("rho", rho, 0, 1),
+            eps=checks.check_number("epsilon", epsilon),
+            centered=checks.check_flag("centered", centered),
+            momentum=None if is_zero(momentum) else momentum,
+        ),
+        clip=_clipping(clipnorm, clipvalue, global_clipnorm),
+        weight_decay=(
+            None
+            if weight_decay is None
+            else checks.check_number("weight_decay", weight_decay)
+        ),
+        exclude_from_weight_decay=exclude_from_weight_decay,
+        calls_per_step=calls_per_step or 1,
+        ema_momentum=ema_momentum if averages else None,
+        steps_per_overwrite=checks.check_steps(
+            "ema_overwrite_frequency", ema_overwrite_frequency, optional=True
+        ),
+    )
+    accumulates = settings.calls_per_step > 1
+    period = settings.calls_per_step * (settings.steps_per_overwrite or 1)
 
     def init(params) -> Any:
         return RMSpropState(
-            inner_state=inner_init(params),
+            # The learning rate is no part of the state.
+            inner_state=settings.inner(0.0).init(params),
             count=jnp.zeros([], jnp.int32),
-            accumulated=leafwise.accumulator(params) if calls else None,
-            average=jax.tree.map(_wide_copy, params) if use_ema else None,
+            accumulated=leafwise.accumulator(params) if accumulates else None,
+            average=jax.tree.map(_wide_copy, params) if averages else None,
         )
 
-    def step(gradients, inner_state, rate, params):
-        changes, inner_state = inner(rate).update(clip(gradients), inner_state)
-        if weight_decay is not None:
-            mask = exclude_from_weight_decay
-            mask = mask(params) if callable(mask) else mask
-            shrink = functools.partial(_add, -rate * weight_decay)
-            changes = _map(shrink, changes, params, *([] if mask is None else [mask]))
-        return changes, inner_state
-
-    def accumulate(gradients, state, rate, params):
-        _check_shapes(gradients, state.accumulated)
-        total = _map(jnp.add, gradients, state.accumulated)
-        is_step = state.count % calls + 1 == calls
-
-        def advance(total, inner_state, params):
-            mean = _map(lambda g: g / calls, total)
-            return step(mean, inner_state, rate, params)
-
-        def wait(total, inner_state, params):
-            del params
-            return _map(jnp.zeros_like, total), inner_state
-
-        # Operands, as what a branch closes over does not keep its sharding.
-        changes, inner_state = jax.lax.cond(
-            is_step, advance, wait, total, state.inner_state, params
-        )
-        accumulated = jax.tree.map(
-            lambda old, new: old if new is None else jnp.where(is_step, 0, new),
-            state.accumulated,
-            total,
-        )
-        return changes, state._replace(accumulated=accumulated, inner_state=inner_state)
-
-    def average(updates, state, params):
-        steps_before = state.count // (calls or 1)
-        weight = jnp.where(steps_before == 0, 0, ema_momentum)
-        mix = functools.partial(_mix, weight)
-        new = jax.tree.map(mix, state.average, params, updates)
-        if frequency is not None:
-            move = functools.partial(_move, steps_before % frequency == frequency - 1)
-            updates = jax.tree.map(move, new, params, updates)
-        return updates, state._replace(average=new)
-
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> Any:
         checks.check_state_class("keras.rmsprop", state, RMSpropState)
         checks.check_inexact_leaves("gradients", updates)
         _check_some_gradient(updates)
-        if params is None and (use_ema or weight_decay is not None):
+        if params is None and (averages or settings.weight_decay is not None):
             raise ValueError(
                 "with weight_decay or use_ema, update needs the parameters: "
                 "tx.update(gradients, state, params)."
             )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        gradients = _map(_widen, updates)
-        if calls is None:
-            changes, inner_state = step(gradients, state.inner_state, rate, params)
-            state = state._replace(inner_state=inner_state)
+        rate = settings.schedule(state.count)
+        gradients = _map(widen, updates)
+        if accumulates:
+            changes, state = _accumulate(settings, rate, gradients, state, params)
         else:
-            changes, state = accumulate(gradients, state, rate, params)
+            inner_state = state.inner_state
+            changes, inner_state = _step(settings, rate, gradients, inner_state, params)
+            state = state._replace(inner_state=inner_state)
         updates = _map(lambda u, g: u.astype(jnp.result_type(g)), changes, updates)
-        if use_ema:
-            updates, state = average(updates, state, params)
-        period = (calls or 1) * (frequency or 1)
+        if averages:
+            updates, state = _average(settings, updates, state, params)
         return updates, state._replace(count=_increment(state.count, period))
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
-def _increment(count, period):
-    """The next count; the largest is followed by the one a period before the next."""
+class _Settings(NamedTuple):
+    """The arguments of `rmsprop`, checked.
+
+    Attributes:
+      schedule: the learning rate, from the number of calls.
+      inner: the function from a learning rate to the transformation of one step.
+      clip: the function that clips a tree of gradients.
+      weight_decay: ``None`` for no decay.
+      exclude_from_weight_decay: as in `rmsprop`.
+      calls_per_step: 1 without accumulation.
+      ema_momentum: ``None`` without an average of the parameters.
+      steps_per_overwrite: ``None`` if the average never overwrites the parameters.
+    """
+
+    schedule: Callable[[jax.Array], Any]
+    inner: Callable[..., optax.GradientTransformation]
+    clip: Callable[[PyTree], PyTree]
+    weight_decay: Number | None
+    exclude_from_weight_decay: PyTree | Callable[[PyTree], PyTree] | None
+    calls_per_step: int
+    ema_momentum: Any
+    steps_per_overwrite: int | None
+
+
+def _step(
+    settings: _Settings,
+    rate: Number,
+    gradients: PyTree,
+    inner_state: Any,
+    params: PyTree | None,
+) -> tuple[PyTree, Any]:
+    """Clip, take a step of RMSProp, and decay the weights."""
+    tx = settings.inner(rate)
+    changes, inner_state = tx.update(settings.clip(gradients), inner_state)
+    if settings.weight_decay is not None:
+        mask = settings.exclude_from_weight_decay
+        mask = mask(params) if callable(mask) else mask
+        shrink = functools.partial(_add, -rate * settings.weight_decay)
+        masks = [] if mask is None else [mask]
+        changes = _map(shrink, changes, params, *masks)
+    return changes, inner_state
+
+
+def _accumulate(
+    settings: _Settings,
+    rate: Number,
+    gradients: PyTree,
+    state: RMSpropState,
+    params: PyTree | None,
+) -> tuple[PyTree, RMSpropState]:
+    """Add the gradients up; in every k-th call, take a step with their mean."""
+    calls = settings.calls_per_step
+    _check_shapes(gradients, state.accumulated)
+    total = _map(jnp.add, gradients, state.accumulated)
+    is_step = state.count % calls + 1 == calls
+
+    def advance(total, inner_state, params):
+        mean = _map(lambda g: g / calls, total)
+        return _step(settings, rate, mean, inner_state, params)
+
+    def wait(total, inner_state, params):
+        del params
+        return _map(jnp.zeros_like, total), inner_state
+
+    # Operands, because arrays that a branch closes over lose their sharding.
+    changes, inner_state = jax.lax.cond(
+        is_step, advance, wait, total, state.inner_state, params
+    )
+    accumulated = jax.tree.map(
+        lambda old, new: old if new is None else jnp.where(is_step, 0, new),
+        state.accumulated,
+        total,
+    )
+    return changes, state._replace(accumulated=accumulated, inner_state=inner_state)
+
+
+def _average(
+    settings: _Settings, updates: PyTree, state: RMSpropState, params: PyTree
+) -> tuple[PyTree, RMSpropState]:
+    """Average the parameters after ``updates``; with it, overwrite them at times."""
+    steps_before = state.count // settings.calls_per_step
+    weight = jnp.where(steps_before == 0, 0, settings.ema_momentum)
+    mix = functools.partial(_mix, weight)
+    average = jax.tree.map(mix, state.average, params, updates)
+    if (frequency := settings.steps_per_overwrite) is not None:
+        overwrites = steps_before % frequency == frequency - 1
+        move = functools.partial(_move, overwrites)
+        updates = jax.tree.map(move, average, params, updates)
+    return updates, state._replace(average=average)
+
+
+def _increment(count: jax.Array, period: int) -> jax.Array:
+    """The next count; after the largest count, counting goes on one period earlier."""
     last = count == jnp.iinfo(count.dtype).max
     return jnp.where(last, count - (period - 1), count + 1)
 
 
-def _check_learning_rate(learning_rate):
-    if not callable(learning_rate):
-        return checks.check_number("learning_rate", learning_rate)
-    try:
-        inspect.signature(learning_rate).bind(0)
-    except TypeError:
-        raise TypeError(
-            "learning_rate must be a number or a function of the step count, got "
-            f"{learning_rate!r}, which cannot be called with a count. Keras calls a "
-            "function without arguments anew at every step; JAX would trace it once."
-        ) from None
-    return schedules.from_object(learning_rate)
+def _as_schedule(learning_rate: LearningRate) -> Schedule:
+    if callable(learning_rate):
+        try:
+            inspect.signature(learning_rate).bind(0)
+        except TypeError:
+            raise TypeError(
+                "learning_rate must be a number or a function of the step count, got "
+                f"{learning_rate!r}, which cannot be called with a count. Keras calls "
+                "a function without arguments anew at every step; JAX would trace it "
+                "once."
+            ) from None
+        return schedules.from_object(learning_rate)
+    return as_schedule(check_learning_rate("learning_rate", learning_rate))
 
 
 def _check_some_gradient(gradients: PyTree) -> None:
@@ -298,14 +359,18 @@ def _check_some_gradient(gradients: PyTree) -> None:
 
 
 def _check_shapes(gradients: PyTree, accumulated: PyTree) -> None:
-    """Without it, a gradient of another shape would be broadcast in the sum."""
+    """Raise an error for a gradient of another shape, which the sum would broadcast."""
     leaves, treedef = jax.tree.flatten(gradients, is_leaf=lambda g: g is None)
     checks.check_state_shapes(gradients, leaves, [[treedef.flatten_up_to(accumulated)]])
 
 
-def _clipping(clipnorm, clipvalue, global_clipnorm) -> Callable[[PyTree], PyTree]:
+def _clipping(
+    clipnorm: ArrayLike | None,
+    clipvalue: ArrayLike | None,
+    global_clipnorm: ArrayLike | None,
+) -> Callable[[PyTree], PyTree]:
     """The function that clips a tree of gradients."""
-    kinds = {
+    kinds: dict[str, tuple[Any, Callable[[PyTree, Any], PyTree]]] = {
         "clipnorm": (clipnorm, clipping.clip_by_norm),
         "clipvalue": (clipvalue, clipping.clip_by_value),
         "global_clipnorm": (global_clipnorm, clipping.clip_by_global_norm),
@@ -321,8 +386,8 @@ def _clipping(clipnorm, clipvalue, global_clipnorm) -> Callable[[PyTree], PyTree
     return lambda gradients: function(gradients, limit)
 
 
-def _map(function, tree, *trees):
-    """Map over the leaves, of which those that are ``None`` in ``tree`` stay so."""
+def _map(function: Callable[..., Any], tree: PyTree, *trees: PyTree) -> PyTree:
+    """Map over the leaves of ``tree``, where ``None`` gives ``None``."""
     return jax.tree.map(
         lambda x, *xs: None if x is None else function(x, *xs),
         tree,
@@ -331,26 +396,25 @@ def _map(function, tree, *trees):
     )
 
 
-def _as(like, x):
+def _as(like: jax.Array, x: ArrayLike) -> jax.Array:
     return jnp.asarray(x, like.dtype)
 
 
-def _widen(x):
-    x = jnp.asarray(x)
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
-
-
-def _wide_copy(p):
+def _wide_copy(p: ArrayLike) -> jax.Array:
     # A shared buffer could not be donated with both the parameters and the state.
-    return jnp.array(_widen(p), copy=True)
+    return jnp.array(widen(p), copy=True)
 
 
-def _add(factor, u, p, is_excluded=False):
+def _add(
+    factor: ArrayLike, u: jax.Array, p: ArrayLike, is_excluded: bool = False
+) -> jax.Array:
     """``u + factor * p``, in the precision of ``u``."""
     return u if is_excluded else u + _as(u, factor) * _as(u, p)
 
 
-def _mix(weight, average, p, u):
+def _mix(
+    weight: jax.Array, average: jax.Array, p: ArrayLike, u: jax.Array | None
+) -> jax.Array:
     """The average after the parameters have moved by ``u``, if anywhere."""
     p = jnp.asarray(p)
     if u is not None:
@@ -359,7 +423,9 @@ def _mix(weight, average, p, u):
     return weight * average + (1 - weight) * _as(average, p)
 
 
-def _move(overwrites, average, p, u):
-    """``u``, or what makes the average of ``p``."""
+def _move(
+    overwrites: jax.Array, average: jax.Array, p: ArrayLike, u: jax.Array | None
+) -> jax.Array:
+    """``u``, or, where the average overwrites ``p``, the difference of the two."""
     u = jnp.zeros_like(p) if u is None else u
     return jnp.where(overwrites, (average - _as(average, p)).astype(u.dtype), u)
