@@ -4,6 +4,7 @@
 import itertools
 import math
 import numbers
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms._leaf_names import leaf_name
+from optax_rms._numerics import is_half
 from optax_rms._types import Number
 
 
@@ -28,9 +30,10 @@ def check_number(
     """Return ``value`` as a Python float or a scalar array, or say what is wrong.
 
     Python and NumPy numbers must be finite and lie between ``low`` and ``high``. JAX
-    arrays are checked for their shape only: under ``jax.vmap`` and
-    ``optax.inject_hyperparams`` they have no value yet. But what is at most 1, the
-    weight of the past in an average, is not taken in half precision.
+    arrays are checked for their shape and dtype only: under ``jax.vmap`` and
+    ``optax.inject_hyperparams`` they have no value yet. Numbers with an upper bound of
+    1, for example ``decay``, are rejected in half precision, because 0.999 may round to
+    1 there, and every number is rejected in float16, because 1e-8 rounds to 0.
     """
     if np.ndim(value) > 0:
         raise ValueError(
@@ -38,11 +41,15 @@ def check_number(
             f"{np.shape(value)}; to train with many values at once, use jax.vmap."
         )
     if isinstance(value, jax.Array):
-        is_half = jnp.issubdtype(value.dtype, jnp.floating) and value.itemsize < 4
-        if is_half and high == 1:
+        reason = None
+        if is_half(value) and high == 1:
+            reason = "0.999 may be 1"
+        elif value.dtype == jnp.float16:
+            reason = "1e-8 is 0"
+        if reason:
             raise TypeError(
-                f"{name} must have at least 32 bits, got {value.dtype}, in which 0.999 "
-                "may be 1. optax.inject_hyperparams casts numbers to the dtype of the "
+                f"{name} must have at least 32 bits, got {value.dtype}, in which "
+                f"{reason}. optax.inject_hyperparams casts numbers to the dtype of the "
                 "parameters, unless it is given hyperparam_dtype=jnp.float32."
             )
         return value
@@ -130,23 +137,35 @@ def check_accumulator_dtype(name: str, value: DTypeLike | None) -> np.dtype | No
     return dtype
 
 
+def check_parameters(params: Any) -> Any:
+    """Return ``params`` with ``None`` for leaves that cannot be trained.
+
+    An integer or boolean leaf has no gradient and therefore no state, for example the
+    step counter in ``eqx.filter(model, eqx.is_array)``. Raise a ``TypeError`` naming
+    every leaf that is neither an array nor a number.
+    """
+    if bad := _named_leaves(params, lambda leaf: _dtype(leaf) is None):
+        raise TypeError(
+            f"parameters must be arrays or numbers; these leaves are not: {bad}. "
+            "Leave them out, for example with eqx.filter(model, eqx.is_array)."
+        )
+    return jax.tree.map(lambda leaf: leaf if _is_inexact(leaf) else None, params)
+
+
 def check_inexact_leaves(what: str, tree: Any) -> None:
     """Raise a ``TypeError`` naming every leaf that is neither real nor complex."""
-    if all(map(_is_inexact, jax.tree.leaves(tree))):
-        return
-    bad = [
-        f"{leaf_name(path)} ({_dtype_name(leaf)})"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if not _is_inexact(leaf)
-    ]
-    raise TypeError(
-        f"{what} must be floating-point or complex; these leaves are not: "
-        f"{', '.join(bad)}. Cast them, or leave them out with optax.masked."
-    )
+    if bad := _named_leaves(tree, lambda leaf: not _is_inexact(leaf)):
+        raise TypeError(
+            f"{what} must be floating-point or complex, or None where nothing is "
+            f"trained; these leaves are not: {bad}. With Equinox, take gradients of "
+            "eqx.filter(model, eqx.is_inexact_array); with Flax, build nnx.Optimizer "
+            "with wrt=nnx.Param; elsewhere cast them, or leave them out with "
+            "optax.masked."
+        )
 
 
 def check_state_shapes(
-    updates: Any, gradients: list[Any], columns: list[list[list[Any]]]
+    updates: Any, gradients: list[Any], columns: Iterable[Iterable[list[Any]]]
 ) -> None:
     """Raise a ``ValueError`` naming every gradient whose shape its state does not have.
 
@@ -169,7 +188,8 @@ def check_state_shapes(
         for i in bad
     ]
     raise ValueError(
-        "gradients must have the shapes of the parameters given to init; "
+        "gradients must have the shapes of the parameters given to init, where a "
+        "parameter without state (None) was an integer or was not there; "
         f"{'; '.join(lines)}."
     )
 
@@ -186,30 +206,43 @@ def check_state_class(transformation: str, state: Any, expected: Any) -> None:
 def check_state_classes(states: Any, expected: list[type]) -> None:
     """Raise a ``TypeError`` if ``states`` are not of the classes that ``init`` returns.
 
-    One that only looks alike would be updated in part, or not at all.
+    A look-alike, for example a list that a checkpoint returned, would be updated in
+    part, or would change its structure within ``jax.lax.scan``.
     """
     is_chain = isinstance(states, tuple | list) and not hasattr(states, "_fields")
-    got = list(map(type, states)) if is_chain else type(states)
-    if got != expected:
+    classes = list(map(type, states)) if is_chain else None
+    if type(states) is not tuple or classes != expected:
+        got = _names(classes) if is_chain else type(states).__name__
+        got = f"a list, {got}" if isinstance(states, list) else got
         raise TypeError(
-            f"update needs the state that init returns, {_names(expected)}, got "
-            f"{_names(got)}. The state of another transformation, or of this one with "
-            "other options, has to be converted first; see optax_rms.dialects."
+            f"update needs the state that init returns, {_names(expected)}, got {got}. "
+            "The state of another transformation, or of this one with other options, "
+            "has to be converted first: from other options, or from the lists and "
+            "dicts of a checkpoint, with optax_rms.adapt_state(state, "
+            "tx.init(params)), from another framework with optax_rms.dialects."
         )
+
+
+def _named_leaves(tree: Any, is_bad: Callable[[Any], bool]) -> str:
+    """Names and dtypes of the leaves that are bad, separated by commas."""
+    return ", ".join(
+        f"{leaf_name(path)} ({_dtype(leaf) or type(leaf).__name__})"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if is_bad(leaf)
+    )
 
 
 def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
 
-def _dtype_name(leaf: Any) -> str:
+def _dtype(leaf: Any) -> Any:
+    """The dtype of an array or a number, or ``None``."""
     try:
-        return str(jnp.result_type(leaf))
-    except TypeError:
-        return type(leaf).__name__
+        return jnp.result_type(leaf)
+    except TypeError:  # For example the float0 of a derivative of an integer.
+        return getattr(leaf, "dtype", None)
 
 
 def _names(classes: Any) -> str:
-    if isinstance(classes, list):
-        return f"({', '.join(c.__name__ for c in classes)})"
-    return classes.__name__
+    return f"({', '.join(c.__name__ for c in classes)})"

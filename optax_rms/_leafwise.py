@@ -7,7 +7,7 @@ the arithmetic between the gradient and the update in float32 or wider.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,72 +15,86 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_rms._checks import (
-    check_inexact_leaves,
-    check_state_classes,
-    check_state_shapes,
-)
+from optax_rms import _checks as checks
+from optax_rms._alike import full_like
 from optax_rms._types import PyTree
+
+
+def _no_numbers(count: Any) -> tuple[()]:
+    del count
+    return ()
 
 
 class Step(NamedTuple):
     """One elementwise step of an optimizer.
 
+    `chain` reads and replaces the fields of the state and counts the updates. The step
+    itself says how one leaf changes.
+
     Attributes:
-      state_class: the class of its state.
-      init: ``init(params) -> state``.
-      begin: ``begin(state) -> (scalars, trees)``: the numbers that all leaves share,
-        and a tuple of the trees in the state, shaped like the parameters, that change.
-      leaf: ``leaf(g, scalars, *leaves) -> (g, *leaves)``: the arithmetic on one leaf,
-        in one precision. Compiled code is kept per function, so it must not be made
-        anew for every transformation.
-      end: ``end(state, *trees) -> state``: the next state, from the changed trees.
+      state_class: the class of its state, a ``NamedTuple``.
+      leaf: ``leaf(g, numbers, *fields) -> (g, *fields)``: the arithmetic on one leaf,
+        in one precision. Compiled code is kept per function, so the function must not
+        be made anew for every transformation.
+      numbers: ``numbers(count)``, the numbers that all leaves share in this update.
+        ``count`` is the number of updates before this one, ``None`` if not ``counts``.
+      fields: for each field of the state that is a tree like the parameters, in the
+        order in which ``leaf`` takes them, a function that makes the tree.
+      counts: whether the state has a field ``count`` that is not ``None``.
     """
 
     state_class: type
-    init: Callable[[PyTree], Any]
-    begin: Callable[[Any], tuple[Any, tuple[PyTree, ...]]]
     leaf: Callable[..., tuple[jax.Array, ...]]
-    end: Callable[..., Any]
+    numbers: Callable[[Any], Any] = _no_numbers
+    fields: Mapping[str, Callable[[PyTree], PyTree]] = {}
+    counts: bool = False
 
 
 def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
     """Chain steps; the state is the tuple of their states, as in ``optax.chain``.
 
     ``None`` in place of a gradient gives ``None`` and leaves that leaf's state alone.
+    Leaves of an integer or boolean dtype have ``None`` as state.
     """
     state_classes = [step.state_class for step in steps]
     leaf_functions = tuple(step.leaf for step in steps)
 
     def init(params) -> Any:
-        check_inexact_leaves("parameters", params)
-        return tuple(step.init(params) for step in steps)
+        params = checks.check_parameters(params)
+        return tuple(_init(step, params) for step in steps)
 
     def update(updates, state, params=None):
         del params
-        check_state_classes(state, state_classes)
-        scalars, trees = zip(
-            *(step.begin(s) for step, s in zip(steps, state, strict=True)), strict=True
-        )
-        as_array = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
-        scalars = jax.tree.map(as_array, scalars)
-        check_inexact_leaves("gradients", updates)
+        checks.check_state_classes(state, state_classes)
+        checks.check_inexact_leaves("gradients", updates)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
-        columns = [[treedef.flatten_up_to(tree) for tree in ts] for ts in trees]
-        check_state_shapes(updates, gradients, columns)
+        parts = list(zip(steps, state, strict=True))
+        numbers = [step.numbers(s.count if step.counts else None) for step, s in parts]
+        as_array = functools.partial(jnp.asarray, dtype=jnp.result_type(float))
+        numbers = jax.tree.map(as_array, numbers)
+        # For each step and each of its fields, the leaves in the order of gradients.
+        columns = [
+            {name: treedef.flatten_up_to(getattr(s, name)) for name in step.fields}
+            for step, s in parts
+        ]
+        checks.check_state_shapes(
+            updates, gradients, [column.values() for column in columns]
+        )
         for i, g in enumerate(gradients):
             if g is None:
                 continue
-            leaves = [[column[i] for column in cs] for cs in columns]
-            gradients[i], leaves = _run(leaf_functions, g, scalars, leaves)
-            for cs, new in zip(columns, leaves, strict=True):
-                for column, leaf in zip(cs, new, strict=True):
-                    column[i] = leaf
-        state = tuple(
-            step.end(s, *map(treedef.unflatten, cs))
-            for step, s, cs in zip(steps, state, columns, strict=True)
-        )
-        return treedef.unflatten(gradients), state
+            leaves = [[leaf[i] for leaf in column.values()] for column in columns]
+            gradients[i], leaves = _run(leaf_functions, g, numbers, leaves)
+            for column, new in zip(columns, leaves, strict=True):
+                for name, leaf in zip(column, new, strict=True):
+                    column[name][i] = leaf
+        new_state = []
+        for (step, s), column in zip(parts, columns, strict=True):
+            new: dict[str, Any] = {k: treedef.unflatten(v) for k, v in column.items()}
+            if step.counts:
+                new["count"] = optax.safe_increment(s.count)
+            new_state.append(s._replace(**new))
+        return treedef.unflatten(gradients), tuple(new_state)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -102,8 +116,17 @@ def single(step: Step) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def _init(step: Step, params: PyTree) -> Any:
+    state = {name: make(params) for name, make in step.fields.items()}
+    if step.counts:
+        state["count"] = jnp.zeros([], jnp.int32)
+    elif "count" in getattr(step.state_class, "_fields", ()):
+        state["count"] = None
+    return step.state_class(**state)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _run(leaf_functions, g, scalars, leaves):
+def _run(leaf_functions, g, numbers, leaves):
     """Run all steps on one leaf; every array leaves in the dtype in which it came."""
     wide = any(jnp.finfo(x.dtype).bits == 64 for x in [g, *jax.tree.leaves(leaves)])
     real, cplx = (jnp.float64, jnp.complex128) if wide else (jnp.float32, jnp.complex64)
@@ -111,13 +134,11 @@ def _run(leaf_functions, g, scalars, leaves):
     def widen(x):
         return x.astype(cplx if jnp.iscomplexobj(x) else real)
 
-    scalars = jax.tree.map(lambda s: s.astype(real), scalars)
+    numbers = jax.tree.map(lambda n: n.astype(real), numbers)
     dtype, g = g.dtype, widen(g)
     new_leaves = []
-    for leaf_function, numbers, old in zip(
-        leaf_functions, scalars, leaves, strict=True
-    ):
-        g, *new = leaf_function(g, numbers, *map(widen, old))
+    for leaf_function, own, old in zip(leaf_functions, numbers, leaves, strict=True):
+        g, *new = leaf_function(g, own, *map(widen, old))
         new_leaves.append([n.astype(o.dtype) for n, o in zip(new, old, strict=True)])
     return g.astype(dtype), new_leaves
 
@@ -140,6 +161,6 @@ def accumulator(
         if jnp.issubdtype(own, jnp.complexfloating) and not real:
             # There are no complex numbers of half precision.
             width = jnp.complex128 if jnp.finfo(width).bits == 64 else jnp.complex64
-        return jnp.full_like(p, fill, dtype=width)
+        return full_like(p, fill, width)
 
     return jax.tree.map(like, params)

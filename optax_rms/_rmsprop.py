@@ -1,41 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer: a chain of the preconditioner, the learning rate and the momentum."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
-from optax_rms import _leafwise as leafwise
+from optax_rms._leafwise import Step, accumulator, chain
 from optax_rms._scale_by_rms import rms_step
+from optax_rms._schedules import check_learning_rate
+from optax_rms._types import LearningRate
 
 
 def _scale(g, factor):
     return (factor.astype(g.dtype) * g,)
 
 
-def _learning_rate_step(learning_rate) -> leafwise.Step:
+def _learning_rate_step(learning_rate: LearningRate) -> Step:
     """``optax.scale_by_learning_rate``: multiply by minus the learning rate."""
-    if callable(learning_rate):
-        schedule: Any = learning_rate
-        return leafwise.Step(
-            state_class=optax.ScaleByScheduleState,
-            init=optax.scale_by_schedule(schedule).init,
-            begin=lambda state: (-schedule(state.count), ()),
-            leaf=_scale,
-            end=lambda state: state._replace(count=optax.safe_increment(state.count)),
-        )
-    hint = "To maximise, negate the gradients."
-    rate = checks.check_number("learning_rate", learning_rate, hint=hint)
-    return leafwise.Step(
-        state_class=optax.EmptyState,
-        init=lambda params: optax.EmptyState(),
-        begin=lambda state: (-rate, ()),
-        leaf=_scale,
-        end=lambda state: state,
+    rate = check_learning_rate(
+        "learning_rate", learning_rate, hint="To maximise, negate the gradients."
     )
+    if callable(rate):
+        schedule: Any = rate
+        return Step(
+            optax.ScaleByScheduleState,
+            _scale,
+            numbers=lambda count: -schedule(count),
+            counts=True,
+        )
+    return Step(optax.EmptyState, _scale, numbers=lambda count: -rate)
 
 
 def _pass_on(g, nothing):
@@ -53,30 +49,25 @@ def _nesterov(g, momentum, trace):
     return g + momentum.astype(g.dtype) * trace, trace
 
 
-def _momentum_step(momentum, nesterov, accumulator_dtype) -> leafwise.Step:
+def _momentum_step(
+    momentum: ArrayLike | None, nesterov: bool, accumulator_dtype: DTypeLike | None
+) -> Step:
     """``optax.trace``, or nothing if there is no momentum."""
     nesterov = checks.check_flag("nesterov", nesterov)
     if momentum is None:
-        return leafwise.Step(
-            state_class=optax.EmptyState,
-            init=lambda params: optax.EmptyState(),
-            begin=lambda state: ((), ()),
-            leaf=_pass_on,
-            end=lambda state: state,
-        )
+        return Step(optax.EmptyState, _pass_on)
     momentum = checks.check_number("momentum", momentum, 0, 1)
     dtype = checks.check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
-    return leafwise.Step(
-        state_class=optax.TraceState,
-        init=lambda params: optax.TraceState(leafwise.accumulator(params, 0, dtype)),
-        begin=lambda state: (momentum, (state.trace,)),
-        leaf=_nesterov if nesterov else _heavy_ball,
-        end=lambda state, trace: optax.TraceState(trace),
+    return Step(
+        optax.TraceState,
+        _nesterov if nesterov else _heavy_ball,
+        numbers=lambda count: momentum,
+        fields={"trace": functools.partial(accumulator, dtype=dtype)},
     )
 
 
 def rmsprop(
-    learning_rate: ArrayLike | Callable[[Any], ArrayLike],
+    learning_rate: LearningRate,
     decay: ArrayLike = 0.9,
     eps: ArrayLike = 1e-8,
     initial_scale: ArrayLike = 0.0,
@@ -88,7 +79,7 @@ def rmsprop(
     *,
     lr_in_momentum: bool = True,
     accumulator_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp: divide the gradient by a running average of its recent magnitude.
 
     Each parameter gets steps of about the size of the learning rate, whatever the scale
@@ -186,16 +177,16 @@ def rmsprop(
       (centered, with momentum), https://arxiv.org/abs/1308.0850
     """
     rms = rms_step(
-        decay,
-        eps,
-        initial_scale,
-        eps_in_sqrt,
-        bias_correction,
-        centered,
-        accumulator_dtype,
+        decay=decay,
+        eps=eps,
+        initial_scale=initial_scale,
+        eps_in_sqrt=eps_in_sqrt,
+        bias_correction=bias_correction,
+        centered=centered,
+        accumulator_dtype=accumulator_dtype,
     )
     scale = _learning_rate_step(learning_rate)
     trace = _momentum_step(momentum, nesterov, accumulator_dtype)
     if checks.check_flag("lr_in_momentum", lr_in_momentum):
-        return leafwise.chain(rms, scale, trace)
-    return leafwise.chain(rms, trace, scale)
+        return chain(rms, scale, trace)
+    return chain(rms, trace, scale)

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
-from optax_rms import _leafwise as leafwise
+from optax_rms._leafwise import Step, accumulator, single
 from optax_rms._numerics import zero_at_zero
 from optax_rms._types import Number
 
@@ -32,7 +32,7 @@ class ScaleByStddevState(NamedTuple):
 
 
 # Optax does not export this class, and a checkpoint restores only into the same one.
-_ScaleByRmsWithCountState: Any = type(
+ScaleByRmsWithCountState: Any = type(
     jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ())
 )
 
@@ -101,7 +101,7 @@ def _abs_square(x):
 
 @functools.cache
 def _leaf(centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool):
-    """The arithmetic on one leaf; one function per variant, as `leafwise.Step` asks."""
+    """The arithmetic on one leaf; one function per variant, as `Step` requires."""
     moment = _variance if centered else _mean_square
     divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
     guard = zero_at_zero if eps_may_be_zero else _unguarded
@@ -126,6 +126,7 @@ def _sum_of_weights(decay: Number, steps: Any) -> jax.Array:
 
 
 def rms_step(
+    *,
     decay: ArrayLike,
     eps: ArrayLike,
     initial_scale: ArrayLike,
@@ -133,7 +134,7 @@ def rms_step(
     bias_correction: bool,
     centered: bool,
     accumulator_dtype: DTypeLike | None,
-) -> leafwise.Step:
+) -> Step:
     """The step behind `scale_by_rms`, whose arguments these are."""
     bias_correction = checks.check_flag("bias_correction", bias_correction)
     centered = checks.check_flag("centered", centered)
@@ -142,41 +143,27 @@ def rms_step(
     eps = checks.check_number("eps", eps)
     initial_scale = checks.check_number("initial_scale", initial_scale)
     dtype = checks.check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
+
+    means = functools.partial(accumulator, dtype=dtype)
+    squares = functools.partial(means, fill=initial_scale, real=True)
     if centered:
-        moments, state_class = ("mu", "variance"), ScaleByStddevState
+        state_class, fields = ScaleByStddevState, {"mu": means, "variance": squares}
     elif bias_correction:
-        moments, state_class = ("nu",), _ScaleByRmsWithCountState
+        state_class, fields = ScaleByRmsWithCountState, {"nu": squares}
     else:
-        moments, state_class = ("nu",), optax.ScaleByRmsState
+        state_class, fields = optax.ScaleByRmsState, {"nu": squares}
 
-    def init(params):
-        count = jnp.zeros([], jnp.int32) if bias_correction else None
-        squares = leafwise.accumulator(params, initial_scale, dtype, real=True)
-        if centered:
-            mu = leafwise.accumulator(params, 0, dtype)
-            return ScaleByStddevState(count=count, mu=mu, variance=squares)
-        if bias_correction:
-            return _ScaleByRmsWithCountState(count=count, nu=squares)
-        return optax.ScaleByRmsState(nu=squares)
-
-    def begin(state):
+    def coefficients(count):
         total = previous_total = None
         if bias_correction:
-            previous_total = _sum_of_weights(decay, state.count)
-            total = _sum_of_weights(decay, optax.safe_increment(state.count))
-        coefficients = _Coefficients(decay, 1 - decay, eps, total, previous_total)
-        return coefficients, tuple(getattr(state, name) for name in moments)
-
-    def end(state, *trees):
-        state = state._replace(**dict(zip(moments, trees, strict=True)))
-        if bias_correction:
-            state = state._replace(count=optax.safe_increment(state.count))
-        return state
+            previous_total = _sum_of_weights(decay, count)
+            total = _sum_of_weights(decay, optax.safe_increment(count))
+        return _Coefficients(decay, 1 - decay, eps, total, previous_total)
 
     # Most often it is known that eps is not 0, and a guard would take a few percent.
     eps_may_be_zero = isinstance(eps, jax.Array) or eps < jnp.finfo(jnp.float32).tiny
     leaf = _leaf(centered, eps_in_sqrt, eps_may_be_zero)
-    return leafwise.Step(state_class, init, begin, leaf, end)
+    return Step(state_class, leaf, coefficients, fields, counts=bias_correction)
 
 
 def scale_by_rms(
@@ -288,14 +275,14 @@ def scale_by_rms(
       West, 1979, Updating mean and variance estimates: an improved method,
       Communications of the ACM 22(9), https://doi.org/10.1145/359146.359153
     """
-    return leafwise.single(
+    return single(
         rms_step(
-            decay,
-            eps,
-            initial_scale,
-            eps_in_sqrt,
-            bias_correction,
-            centered,
-            accumulator_dtype,
+            decay=decay,
+            eps=eps,
+            initial_scale=initial_scale,
+            eps_in_sqrt=eps_in_sqrt,
+            bias_correction=bias_correction,
+            centered=centered,
+            accumulator_dtype=accumulator_dtype,
         )
     )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input, and what the error says: the name, what came, what is allowed."""
 
+import functools
 import re
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,23 @@ def test_weights_of_the_past_are_not_taken_in_half_precision(name, dtype):
     np.testing.assert_array_equal(updates, expected)
 
 
+@pytest.mark.parametrize("name", ["eps", "learning_rate", "initial_scale"])
+def test_numbers_are_not_taken_in_float16(name):
+    """In float16 an eps of 1e-8 is 0, and tiny gradients would take full steps."""
+    params = jnp.ones(3, jnp.float16)
+    inject = functools.partial(optax.inject_hyperparams, static_args=("decay",))
+    options = {"learning_rate": 1e-3, name: 1e-8}
+    with pytest.raises(TypeError, match=r"must have at least 32 bits, got float16, in"):
+        inject(rmsprop)(**options).init(params)
+    with pytest.raises(TypeError, match=f"^{name} must have at least 32 bits"):
+        build(name, jnp.float16(1e-3))
+    build(name, jnp.bfloat16(1e-8))  # 0.4 % off, but not 0.
+    tx = inject(rmsprop, hyperparam_dtype=jnp.float32)(**options)
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected, _ = rmsprop(**options).update(params, rmsprop(**options).init(params))
+    np.testing.assert_array_equal(updates, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "inside", "outside", "shown"),
     [
@@ -196,23 +215,44 @@ TRANSFORMATIONS = [
 
 
 @pytest.mark.parametrize("tx", TRANSFORMATIONS)
-def test_all_integer_leaves_are_named(tx):
+def test_all_integer_gradients_are_named(tx):
     good = {"w": jnp.ones(2), "layers": [1.0, {"b": jnp.ones(3)}], "n": jnp.ones(())}
     bad = {"w": jnp.ones(2), "layers": [3, {"b": jnp.ones(3, bool)}], "n": np.arange(2)}
     listed = re.escape(
-        "['layers'][0] (int32), ['layers'][1]['b'] (bool), ['n'] (int32). Cast them"
+        "['layers'][0] (int32), ['layers'][1]['b'] (bool), ['n'] (int32). "
     )
-    with pytest.raises(TypeError, match=f"^parameters must be floating.*{listed}"):
-        tx.init(bad)
-    with pytest.raises(TypeError, match=f"^gradients must be floating.*{listed}"):
-        tx.update(bad, tx.init(good))
+    for params in (good, bad):
+        state = tx.init(params)
+        with pytest.raises(TypeError, match=f"^gradients must be.*{listed}") as error:
+            tx.update(bad, state)
+        assert "eqx.is_inexact_array" in str(error.value)
+        assert "wrt=nnx.Param" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "leaf", [jnp.arange(2), np.ones(3, bool), 3, True, jax.random.key(0)], ids=str
+)
+@pytest.mark.parametrize("tx", TRANSFORMATIONS)
+def test_a_leaf_without_gradient_has_no_state(tx, leaf):
+    """As with Optax, for which ``eqx.filter(model, eqx.is_array)`` trains."""
+    params = {"w": jnp.ones(2), "n": leaf}
+    gradients = {"w": jnp.full(2, 3.0), "n": None}
+    alone = tx.init({"w": params["w"]})
+    state = jax.jit(tx.init)(params) if isinstance(leaf, jax.Array) else tx.init(params)
+    chex.assert_trees_all_equal(jax.tree.leaves(state), jax.tree.leaves(alone))
+    for _ in range(2):
+        updates, state = tx.update(gradients, state, params)
+        expected, alone = tx.update({"w": gradients["w"]}, alone)
+        assert updates["n"] is None
+        chex.assert_trees_all_equal(updates["w"], expected["w"])
+    chex.assert_trees_all_equal(jax.tree.leaves(state), jax.tree.leaves(alone))
+    with pytest.raises(ValueError, match=r"\['n'\] has shape .* state \[None"):
+        tx.update({"w": params["w"], "n": jnp.ones(jnp.shape(leaf))}, state)
 
 
 def test_only_leaf_and_leaves_that_jax_alone_knows():
     with pytest.raises(TypeError, match=r"the only leaf \(int32\)"):
-        scale_by_rms().init(jnp.arange(2))
-    with pytest.raises(TypeError, match=r"\['key'\] \(key<fry>\)"):
-        scale_by_rms().init({"key": jax.random.key(0)})
+        scale_by_rms().update(jnp.arange(2), scale_by_rms().init(jnp.arange(2)))
     # The gradient of an integer.
     float0 = np.zeros(2, jax.dtypes.float0)
     state = scale_by_rms().init({"w": jnp.ones(2)})
@@ -318,3 +358,11 @@ def test_state_of_another_configuration(own, other):
         return
     with pytest.raises(TypeError, match="with other options"):
         tx.update(p, state)
+
+
+@pytest.mark.parametrize("own", ["plain", "momentum"])
+def test_a_list_is_no_state(own):
+    """`jax.lax.scan` would fail later, as a tuple comes back."""
+    tx = CONFIGURATIONS[own]
+    with pytest.raises(TypeError, match=r"got a list, \(Scale.*adapt_state"):
+        tx.update(jnp.ones(2), list(tx.init(jnp.ones(2))))

@@ -59,7 +59,7 @@ LAYERS = [
     ["_leafwise"],
     ["_schedules"],
     ["_checks"],
-    ["_leaf_names", "_numerics", "_types"],
+    ["_alike", "_leaf_names", "_numerics", "_types"],
 ]
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -32,25 +32,14 @@ def _scale(g, factor):
 
 def adding(leaf, increment=0.0, accumulator_dtype=None):
     """Add the gradient and the increment to a total, which is the update."""
+    start = functools.partial(leafwise.accumulator, dtype=accumulator_dtype)
     return leafwise.Step(
-        state_class=optax.TraceState,
-        init=lambda params: optax.TraceState(
-            leafwise.accumulator(params, 0, accumulator_dtype)
-        ),
-        begin=lambda state: (increment, (state.trace,)),
-        leaf=leaf,
-        end=lambda state, trace: state._replace(trace=trace),
+        optax.TraceState, leaf, lambda count: increment, fields={"trace": start}
     )
 
 
 def scaling(factor):
-    return leafwise.Step(
-        state_class=optax.EmptyState,
-        init=lambda params: optax.EmptyState(),
-        begin=lambda state: (factor, ()),
-        leaf=_scale,
-        end=lambda state: state,
-    )
+    return leafwise.Step(optax.EmptyState, _scale, lambda count: factor)
 
 
 def test_steps_run_in_order_and_each_keeps_its_state(add):
