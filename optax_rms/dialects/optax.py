@@ -15,8 +15,8 @@ import optax
 
 from optax_rms._leaf_names import dotted_name
 from optax_rms._rmsprop import rmsprop as rmsprop
+from optax_rms._scale_by_rms import ScaleByRmsWithCountState as _RmsWithCount
 from optax_rms._scale_by_rms import ScaleByStddevState
-from optax_rms._scale_by_rms import _ScaleByRmsWithCountState as _RmsWithCount
 from optax_rms._types import PyTree
 from optax_rms.dialects._shared import reading, variances
 from optax_rms.dialects._shared.inverse import exact_inverse
