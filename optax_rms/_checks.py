@@ -73,6 +73,15 @@ def check_number(
     return number
 
 
+def is_zero(number: Number) -> bool:
+    """Whether a checked number is known to be 0 when the transformation is built.
+
+    A momentum or decay of 0 needs no buffer and no parameters. The value of a JAX array
+    is not known: under ``jax.vmap`` it may be 0 for some members only.
+    """
+    return isinstance(number, float) and number == 0
+
+
 def check_steps(name: str, value: Any, low: int = 1, *, optional: bool = False) -> Any:
     """Return a number of steps that decides the structure of the program, or ``None``.
 

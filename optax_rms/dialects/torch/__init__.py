@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSProp as PyTorch and timm have it, and runs handed over from and to them."""
+"""RMSProp of PyTorch, timm, stable-baselines3 and pfrl; import and export of runs."""
 
-from optax_rms.dialects.torch._handover import export_state as export_state
-from optax_rms.dialects.torch._handover import import_state as import_state
-from optax_rms.dialects.torch._optimizers import RealAndImaginary as RealAndImaginary
-from optax_rms.dialects.torch._optimizers import rmsprop as rmsprop
-from optax_rms.dialects.torch._optimizers import rmsprop_tf as rmsprop_tf
+from optax_rms.dialects.torch._handover import export_state, import_state
+from optax_rms.dialects.torch._optimizers import (
+    RealAndImaginary,
+    rmsprop,
+    rmsprop_eps_inside_sqrt,
+    rmsprop_tf,
+    rmsprop_tf_like,
+)
+
+__all__ = [
+    "RealAndImaginary",
+    "export_state",
+    "import_state",
+    "rmsprop",
+    "rmsprop_eps_inside_sqrt",
+    "rmsprop_tf",
+    "rmsprop_tf_like",
+]

@@ -12,13 +12,13 @@ import optax
 
 from optax_rms._leaf_names import dotted_name
 from optax_rms._scale_by_rms import ScaleByStddevState
-from optax_rms._types import PyTree
+from optax_rms._schedules import check_learning_rate
+from optax_rms._types import LearningRate, PyTree
 from optax_rms.dialects._shared import chain_state, reading, variances
 from optax_rms.dialects._shared.converter import Converter
 from optax_rms.dialects._shared.problems import Problems
 from optax_rms.dialects.torch import _optimizers as optimizers
 from optax_rms.dialects.torch import _saved as state_dicts
-from optax_rms.dialects.torch._optimizers import LearningRate
 from optax_rms.dialects.torch._optimizers import rmsprop as rmsprop
 from optax_rms.dialects.torch._optimizers import rmsprop_tf as rmsprop_tf
 
@@ -441,6 +441,6 @@ def _with_rates(problems, groups, learning_rate) -> list[dict[str, Any]]:
     settings = []
     for group, rate in zip(groups, rates, strict=False):
         if rate is not None:
-            problems.attempt(optimizers.check_learning_rate, "learning_rate", rate)
+            problems.attempt(check_learning_rate, "learning_rate", rate)
         settings.append(group if rate is None else group | {"lr": rate})
     return settings

@@ -874,6 +874,22 @@ def test_a_schedule_with_corrected_decay_needs_its_highest_rate():
         dialect.rmsprop_tf(lambda count: 0.1, corrected_weight_decay=True)
 
 
+@pytest.mark.parametrize("decay", [{}, {"decoupled_decay": True}], ids=str)
+def test_a_schedule_is_evaluated_once_per_step(decay):
+    counts = []
+
+    def schedule(count):
+        counts.append(int(count))
+        return 0.1
+
+    tx = dialect.rmsprop_tf(schedule, weight_decay=0.1, **decay)
+    params = jnp.ones(2)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert counts == [0, 1]
+
+
 def test_decay_needs_the_parameters():
     params = jnp.ones(2)
     tx = dialect.rmsprop(weight_decay=0.1)
