@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's function from tree to tree, proved to move elements and nothing else."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +35,14 @@ class Converter:
         0, of the arrays that its elements come from.
     """
 
-    def __init__(self, name: str, function: Callable[[Any], PyTree], template: PyTree):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[Any], PyTree],
+        template: PyTree,
+        *,
+        name_hint: str = "",
+    ):
         """Run the experiment.
 
         Args:
@@ -43,6 +51,9 @@ class Converter:
           template: a tree of arrays of at least float32, such as the function takes.
             The function is given arrays of the same shapes, dtypes and frameworks. Make
             it a ``collections.OrderedDict`` and not a ``dict``, whose keys are sorted.
+            The function is given a ``dict`` in the order of the template.
+          name_hint: the end of the message about a name that the template lacks: how to
+            give other names.
 
         Raises:
           ValueError: the function fails, or elements are lost, repeated, altered or
@@ -51,6 +62,7 @@ class Converter:
         self._name = name
         self._function = function
         self._template, self._treedef = jax.tree.flatten(template)
+        self._name_hint = name_hint
         arrays = [to_numpy(leaf) for leaf in self._template]
         numbered = [_numbered(x, i) for i, x in enumerate(arrays, start=1)]
         result = self._apply("numbered arrays", self._treedef.unflatten(numbered))
@@ -74,12 +86,20 @@ class Converter:
         arrays = self._treedef.flatten_up_to(tree)
         leaves = map(to_framework, arrays, map(widen, self._template))
         try:
-            result = self._function(self._treedef.unflatten(leaves))
+            given = self._treedef.unflatten(leaves)
+            # A function that returns what it is given must not make the parameters an
+            # OrderedDict, which JAX does not take for a dict.
+            given = dict(given) if isinstance(given, OrderedDict) else given
+            result = self._function(given)
             # Copied, as the function may use its memory again for the next slot.
             return jax.tree.map(lambda x: np.array(to_numpy(x)), result)
         except Exception as error:
+            hint = ""
+            if isinstance(error, KeyError) and isinstance(tree, Mapping):
+                hint = f". The names are {_some(tree)}. {self._name_hint}".rstrip()
             raise ValueError(
                 f"{self._name} raised {type(error).__name__} when given {slot}: {error}"
+                f"{hint}"
             ) from error
 
     def _trace(self, template, arrays, result) -> list[tuple[int, ...]]:
@@ -112,12 +132,24 @@ class Converter:
                     f"{dotted_name(path)} ({describe(arrays[i])}) has {expected} "
                     f"numbers, of which {counts[i]} came back."
                     f"{'' if is_held == arrays[i].dtype else ' ' + _X64_HINT}"
+                    f"{_TIED_HINT if counts[i] > expected else ''}"
                 )
         problems.raise_any()
         return sources
 
 
+_TIED_HINT = (
+    " Weights that two layers share, for example an embedding and an output layer, "
+    "have one state: return one leaf for both, and use it twice in the model."
+)
 _X64_HINT = 'For 64 bits, call jax.config.update("jax_enable_x64", True) first.'
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The names, of a large model only the first ten."""
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{names[:10]}{more}"
 
 
 # By bytes per number. An odd number beyond them changes in the next narrower dtypes,
