@@ -134,12 +134,13 @@ def split(row):
 
 
 def apply(model, family, row):
-    """One step; a loss scale is multiplied into the gradients, as a loss would be."""
+    """One step. The loss scale of Keras 3 divides the gradients again.
+
+    In tf.keras a method divides them, which the training loop calls before this.
+    """
     optimizer, gradients = model.optimizer, [tf.constant(g) for g in split(row)]
-    if "LossScale" in type(optimizer).__name__ and family != "legacy":
-        scale = getattr(optimizer, "dynamic_scale", None)
-        scale = optimizer.loss_scale if scale is None else scale
-        gradients = [g * tf.cast(scale, g.dtype) for g in gradients]
+    if family == "keras3" and hasattr(optimizer, "dynamic_scale"):
+        gradients = [g * tf.cast(optimizer.dynamic_scale, g.dtype) for g in gradients]
     optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
 
 
