@@ -45,6 +45,7 @@ LAYERS = [
     ["dialects._shared.variances"],
     [
         "dialects._shared.inverse",
+        "dialects._shared.keras_files",
         "dialects._shared.problems",
         "dialects._shared.reading",
     ],

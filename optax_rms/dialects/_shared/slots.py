@@ -60,5 +60,10 @@ def to_slots(
         arrays["nu"] = variances.mean_square(fields["variance"], arrays["mu"])
     if "trace" in fields and negate_momentum:
         arrays["trace"] = -arrays["trace"]
-    slot_of = {field: slot for slot, field in names.items()}
-    return {slot_of.get(field, field): array for field, array in arrays.items()}
+    return {slot_of(field, names): array for field, array in arrays.items()}
+
+
+def slot_of(field: str, names: Mapping[str, str]) -> str:
+    """The framework's name of a field."""
+    of_fields = {own: slot for slot, own in names.items()}
+    return of_fields.get("nu" if field == "variance" else field, field)

@@ -12,13 +12,16 @@ import optax
 
 from optax_rms import _checks as checks
 from optax_rms._types import PyTree
-from optax_rms.dialects._shared import chain_state, reading, variances
+from optax_rms.dialects._shared import chain_state, reading, slots
 from optax_rms.dialects._shared.converter import Converter
 from optax_rms.dialects._shared.problems import Problems
 from optax_rms.dialects.keras import _saved as variables
 from optax_rms.dialects.keras._optimizers import LearningRate
 from optax_rms.dialects.keras._optimizers import RMSpropState as RMSpropState
 from optax_rms.dialects.keras._optimizers import rmsprop as rmsprop
+
+# Keras' slots, as fields of the state of `optax_rms.rmsprop`.
+_FIELDS = {"velocity": "nu", "momentum": "trace", "average_gradient": "mu"}
 
 
 def import_state(
@@ -113,42 +116,36 @@ def import_state(
         rate = problems.attempt(reading.read_number, "learning_rate", stored)
         settings.setdefault("learning_rate", rate)
     weights = dict(names) if isinstance(names, Mapping) else {}
-    slots = {
-        slot: _named(
-            {
-                name: problems.attempt(_read, slot, name, value, weights)
-                for name, value in arrays.items()
-            }
-        )
-        for slot, arrays in saved.slots.items()
+    arrays = {
+        slot: {
+            name: problems.attempt(_read, slot, name, value, weights)
+            for name, value in column.items()
+        }
+        for slot, column in saved.slots.items()
     }
     problems.raise_any()
 
-    converter = Converter("convert", convert, slots["velocity"])
-    if "average_gradient" in slots:
-        slots["velocity"] = jax.tree.map(
-            variances.variance, slots["velocity"], slots["average_gradient"]
-        )
-    trees = {
-        slot: jax.tree.map(jnp.array, converter(slot, slots[slot])) for slot in slots
+    converter = Converter("convert", convert, _named(arrays["velocity"]))
+    fields = {
+        name: slots.to_fields({slot: arrays[slot][name] for slot in arrays}, _FIELDS)
+        for name in saved.names
     }
+    trees = {}
+    for field in fields[saved.names[0]]:
+        column = _named({name: own[field] for name, own in fields.items()})
+        moved = converter(slots.slot_of(field, _FIELDS), column)
+        trees[field] = jax.tree.map(jnp.array, moved)
     if saved.excluded:
-        settings["exclude_from_weight_decay"] = _mask(converter, slots, saved.excluded)
+        settings["exclude_from_weight_decay"] = _mask(converter, saved)
     tx = problems.attempt(rmsprop, **settings)
     problems.raise_any()
 
     # init looks at nothing but the shapes of the parameters.
-    state = tx.init(trees["velocity"])
-    fields = {
-        "nu": trees["velocity"],
-        "variance": trees["velocity"],
-        "mu": trees.get("average_gradient"),
-        "trace": jax.tree.map(jnp.negative, trees.get("momentum")),
-    }
+    state = tx.init(trees["variance" if "variance" in trees else "nu"])
     return tx, RMSpropState(
         count=jnp.asarray(count, jnp.int32),
         accumulated=trees.get("gradient_accumulator"),
-        inner_state=chain_state.with_fields(state.inner_state, fields),
+        inner_state=chain_state.with_fields(state.inner_state, trees),
         average=trees.get("average"),
     )
 
@@ -185,42 +182,36 @@ def export_state(
       TypeError: the state is that of another transformation.
     """
     checks.check_state_class("keras.export_state", state, RMSpropState)
-    # A schedule is no part of what is written, so that any will do.
+    # The learning rate stays as in like, so that any number serves to read it.
     saved = variables.read(like, names, config, learning_rate=0.0)
-    fields = chain_state.fields(state.inner_state)
-    trees = {
+    fields = chain_state.fields(state.inner_state) | {
         "average": state.average,
         "gradient_accumulator": state.accumulated,
-        "velocity": fields.get("nu", fields.get("variance")),
-        "momentum": jax.tree.map(jnp.negative, fields.get("trace")),
-        "average_gradient": fields.get("mu"),
     }
-    trees = {slot: tree for slot, tree in trees.items() if tree is not None}
+    trees = {
+        slots.slot_of(field, _FIELDS): (field, tree)
+        for field, tree in fields.items()
+        if tree is not None
+    }
     problems = Problems("the state cannot be exported")
     if trees.keys() != saved.slots.keys():
         problems.add(f"like has the slots {[*saved.slots]}, the state {[*trees]}")
     problems.raise_any()
 
-    converter = Converter("convert_back", convert_back, trees["velocity"])
-    slots = {slot: converter(slot, tree) for slot, tree in trees.items()}
-    for name in sorted(saved.slots["velocity"].keys() ^ slots["velocity"].keys()):
-        where = (
-            "like" if name in saved.slots["velocity"] else "what convert_back returned"
-        )
+    converter = Converter("convert_back", convert_back, trees["velocity"][1])
+    columns = {field: converter(slot, tree) for slot, (field, tree) in trees.items()}
+    returned = columns[trees["velocity"][0]]
+    for name in sorted(returned.keys() ^ set(saved.names)):
+        is_missing = name in saved.names
+        where = "like" if is_missing else "the result of convert_back"
         problems.add(f"{name!r} is only in {where}")
     problems.raise_any()
-    arrays = {
-        slot: {
-            name: problems.attempt(_fit, slot, name, slots, template)
-            for name, template in templates.items()
-        }
-        for slot, templates in saved.slots.items()
-    }
+    arrays = {name: _write(problems, name, columns, saved) for name in saved.names}
     problems.raise_any()
     scalars = {name: np.asarray(value) for name, value in saved.scalars.items()}
     scalars["iteration"] = np.asarray(state.count, scalars["iteration"].dtype)
     flat = [*scalars.values()]
-    flat += [array for column in arrays.values() for array in column.values()]
+    flat += [arrays[name][slot] for slot in saved.slots for name in saved.names]
     return {str(i): array for i, array in enumerate(flat)}
 
 
@@ -243,31 +234,40 @@ def _read(slot: str, name: str, value: Any, weights: dict[str, Any]) -> np.ndarr
     return array
 
 
-def _mask(converter: Converter, slots: Any, excluded: set[str]) -> PyTree:
+def _mask(converter: Converter, saved: variables.Saved) -> PyTree:
     """Which leaves come from excluded parameters."""
-    flags = [name in excluded for name in slots["velocity"]]
+    flags = [name in saved.excluded for name in saved.names]
     found = [{flags[i] for i in sources} for sources in converter.sources]
     if any(len(kinds) > 1 for kinds in found):
         raise ValueError(
-            f"convert must not join {sorted(excluded)}, which the optimizer excludes "
-            "from weight decay, with others"
+            f"convert must not join {sorted(saved.excluded)}, which the optimizer "
+            "excludes from weight decay, with others"
         )
     return jax.tree.unflatten(converter.treedef, [True in kinds for kinds in found])
 
 
-def _fit(slot: str, name: str, slots: Any, template: Any) -> np.ndarray:
-    """A slot of a parameter as Keras has it."""
-    array, template = slots[slot][name], np.asarray(template)
-    if array.shape != template.shape:
-        raise ValueError(
-            f"{name}_{slot} must have shape {template.shape} as in like, but "
-            f"convert_back returned {array.shape}"
-        )
-    with np.errstate(over="ignore"):
-        fitted = array.astype(template.dtype)
-        if slot == "velocity" and "average_gradient" in slots:
-            mean = slots["average_gradient"][name].astype(template.dtype)
-            fitted = variances.mean_square(array, mean)
-    if not np.all(np.isfinite(fitted)):
-        raise ValueError(f"{name}_{slot} is not finite, as {template.dtype}")
-    return fitted
+def _write(
+    problems: Problems,
+    name: str,
+    columns: Mapping[str, Mapping[str, np.ndarray]],
+    saved: variables.Saved,
+) -> dict[str, np.ndarray]:
+    """The slots of a parameter, in Keras' shapes and dtypes; ``columns`` by field."""
+    fields = {field: column[name] for field, column in columns.items()}
+    shape = np.shape(saved.slots["velocity"][name])
+    wrong = [
+        f"{name}_{slots.slot_of(field, _FIELDS)} must have shape {shape} as in like, "
+        f"but convert_back returned {array.shape}"
+        for field, array in fields.items()
+        if array.shape != shape
+    ]
+    if wrong:
+        for line in wrong:
+            problems.add(line)
+        return {}
+    dtype = np.asarray(saved.slots["velocity"][name]).dtype
+    arrays = slots.to_slots(fields, _FIELDS, dtype)
+    for slot, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            problems.add(f"{name}_{slot} is not finite, as {dtype}")
+    return arrays

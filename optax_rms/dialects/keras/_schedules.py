@@ -164,11 +164,16 @@ def from_config(serialized: Any) -> Schedule:
     """
     parts = dict(serialized) if isinstance(serialized, Mapping) else {}
     name, config = parts.get("class_name"), parts.get("config")
-    is_own = parts.get("module", "keras.optimizers.schedules").startswith("keras.")
+    # tf.keras does not always write the module of its own classes; that of a class of
+    # the user's is None, or another one.
+    module = str(parts.get("module", "keras.optimizers.schedules"))
+    is_own = module.startswith("keras.") and not parts.get("registered_name")
     if name not in _SCHEDULES or not is_own or not isinstance(config, Mapping):
+        got = f"the class {name}" if name else repr(serialized)
         raise ValueError(
             "learning_rate must be a number or one of Keras' own schedules, which are "
-            f"{', '.join(_SCHEDULES)}, got {serialized!r}. Pass learning_rate yourself."
+            f"{', '.join(_SCHEDULES)}, got {got}. Pass learning_rate yourself, for "
+            "example learning_rate=lambda count: 0.01 * 0.5 ** (count / 1000)."
         )
     try:
         arguments = {k: _check(k, v) for k, v in config.items() if k != "name"}
