@@ -31,11 +31,3 @@ def widen(x: Any) -> jax.Array:
     """An array of at least float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.float32) if is_half(x) else x
-
-
-def is_zero(number: Any) -> bool:
-    """Whether a number is known to be 0, as a traced array never is.
-
-    A momentum or weight decay of the number 0 needs no state and no arithmetic.
-    """
-    return not isinstance(number, jax.Array) and number == 0

@@ -30,7 +30,9 @@ def import_state(
     names: variables.Names | None = None,
     learning_rate: LearningRate | None = None,
     config: Mapping[str, Any] | None = None,
-) -> tuple[optax.GradientTransformation, RMSpropState]:
+    *,
+    exclude_from_weight_decay: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> tuple[optax.GradientTransformationExtraArgs, RMSpropState]:
     """Take over a run from ``keras.optimizers.RMSprop``.
 
     Args:
@@ -135,7 +137,9 @@ def import_state(
         column = _named({name: own[field] for name, own in fields.items()})
         moved = converter(slots.slot_of(field, _FIELDS), column)
         trees[field] = jax.tree.map(jnp.array, moved)
-    if saved.excluded:
+    if exclude_from_weight_decay is not None:
+        settings["exclude_from_weight_decay"] = exclude_from_weight_decay
+    elif saved.excluded:
         settings["exclude_from_weight_decay"] = _mask(converter, saved)
     tx = problems.attempt(rmsprop, **settings)
     problems.raise_any()

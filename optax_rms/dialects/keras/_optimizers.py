@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from optax_rms import _checks as checks
 from optax_rms import _leafwise as leafwise
 from optax_rms import _rmsprop
-from optax_rms._numerics import is_zero, widen
+from optax_rms._numerics import is_half, widen
 from optax_rms._schedules import as_schedule, check_learning_rate
 from optax_rms._types import LearningRate, Number, PyTree, Schedule
 from optax_rms.dialects._shared import clipping
@@ -186,7 +186,7 @@ def rmsprop(
             decay=checks.check_number("rho", rho, 0, 1),
             eps=checks.check_number("epsilon", epsilon),
             centered=checks.check_flag("centered", centered),
-            momentum=None if is_zero(momentum) else momentum,
+            momentum=None if checks.is_zero(momentum) else momentum,
         ),
         clip=_clipping(clipnorm, clipvalue, global_clipnorm),
         weight_decay=(
@@ -205,6 +205,7 @@ def rmsprop(
     period = settings.calls_per_step * (settings.steps_per_overwrite or 1)
 
     def init(params) -> Any:
+        params = checks.check_parameters(params)
         return RMSpropState(
             # The learning rate is no part of the state.
             inner_state=settings.inner(0.0).init(params),
@@ -321,11 +322,11 @@ def _average(
     steps_before = state.count // settings.calls_per_step
     weight = jnp.where(steps_before == 0, 0, settings.ema_momentum)
     mix = functools.partial(_mix, weight)
-    average = jax.tree.map(mix, state.average, params, updates)
+    average = _map(mix, state.average, params, updates)
     if (frequency := settings.steps_per_overwrite) is not None:
         overwrites = steps_before % frequency == frequency - 1
         move = functools.partial(_move, overwrites)
-        updates = jax.tree.map(move, average, params, updates)
+        updates = _map(move, average, params, updates)
     return updates, state._replace(average=average)
 
 
@@ -400,7 +401,10 @@ def _as(like: jax.Array, x: ArrayLike) -> jax.Array:
     return jnp.asarray(x, like.dtype)
 
 
-def _wide_copy(p: ArrayLike) -> jax.Array:
+def _wide_copy(p: Any) -> Any:
+    """A copy of at least float32, abstract where ``p`` is."""
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return p.update(dtype=jnp.float32) if is_half(p) else p
     # A shared buffer could not be donated with both the parameters and the state.
     return jnp.array(widen(p), copy=True)
 

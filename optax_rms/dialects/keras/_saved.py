@@ -245,8 +245,10 @@ def _inner_config(problems: Problems, config: Any) -> tuple[str, Mapping[str, An
     if isinstance(config, str) and config.lower() == "rmsprop":
         config = _DEFAULTS
     if not isinstance(config, Mapping):
+        lacks = "; the source holds no configuration of its optimizer"
         problems.add(
-            f"config must be what optimizer.get_config() returned, got {config!r}"
+            "config must be what optimizer.get_config() returned, got "
+            f"{config!r}{lacks if config is None else ''}"
         )
         config = {}
     problems.raise_any()

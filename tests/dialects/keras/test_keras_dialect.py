@@ -4,6 +4,7 @@
 import re
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,10 +90,41 @@ def test_bad_trees():
         tx.update({**gradients, "a": jnp.ones(1)}, state)
     with pytest.raises(TypeError, match=r"\['a'\] \(int32\)"):
         tx.update({**gradients, "a": jnp.array([1, 2])}, state)
-    with pytest.raises(TypeError, match=r"\['a'\] \(int32\)"):
-        tx.init({**params, "a": jnp.array([1, 2])})
     with pytest.raises(TypeError, match=r"keras\.rmsprop needs the RMSpropState"):
         tx.update(gradients, optax.rmsprop(0.1).init(params))
+
+
+def test_integer_leaves_have_no_state():
+    """As those of eqx.filter(model, eqx.is_array): their gradients are ``None``."""
+    params, gradients = params_and_gradients()
+    tx = keras.rmsprop(**EVERYTHING)
+    more = {"flag": jnp.array(True), "steps": jnp.arange(3)}
+    state, expected_state = tx.init(params | more), tx.init(params)
+    none = dict.fromkeys(more)
+    assert state.average["steps"] is None
+    assert state.accumulated["flag"] is None
+    for _ in range(4):
+        updates, state = tx.update(gradients | none, state, params | more)
+        expected, expected_state = tx.update(gradients, expected_state, params)
+        chex.assert_trees_all_equal(updates, expected | none)
+    chex.assert_trees_all_equal(state.average, expected_state.average | none)
+    with pytest.raises(ValueError, match=r"\['steps'\] has shape \(3,\)"):
+        tx.update(gradients | none | {"steps": jnp.ones(3)}, state, params | more)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_abstract_parameters(dtype):
+    """An average of abstract parameters is abstract as well."""
+    params, _ = params_and_gradients(dtype)
+    tx = keras.rmsprop(**EVERYTHING)
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    expected = jax.eval_shape(tx.init, params)
+    for state in (tx.init(abstract), jax.eval_shape(tx.init, abstract)):
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    leaf = jax.ShapeDtypeStruct((8,), dtype, sharding=sharding)
+    assert tx.init(leaf).average.sharding == sharding
 
 
 EVERYTHING = {

@@ -42,9 +42,15 @@ def saved(tmp_path_factory):
         low = 1.0 if v.name.endswith("_velocity") else 0.5
         v.assign(5 if v.name == "iteration" else rng.uniform(low, 2 * low, v.shape))
     folder = tmp_path_factory.mktemp("keras")
+    save(model, folder)
+    return model, folder
+
+
+def save(model, folder):
+    """All three files; the .h5 last, as it makes Keras forget the optimizer."""
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
-    return model, folder
+    model.save(folder / "model.h5")
 
 
 def names_of(model):
@@ -74,6 +80,8 @@ def test_every_source_holds_the_same(saved):
         (optimizer, names, None),
         (folder / "model.keras", names, None),
         (str(folder / "model.keras"), names, config),
+        (folder / "model.h5", None, None),
+        (folder / "model.h5", names, config),
         (folder / "model.weights.h5", names, config),
         (folder / "model.weights.h5", names, keras.optimizers.serialize(optimizer)),
         (optimizer.variables, None, config),
@@ -127,9 +135,9 @@ def test_half_precision_comes_back(tmp_path, dtype):
     rng = np.random.default_rng(0)
     for v in model.optimizer.variables[2:]:
         v.assign(rng.uniform(0.5, 1, v.shape))
-    model.save(tmp_path / "model.keras")
+    save(model, tmp_path)
     names = names_of(model)
-    for source in (model.optimizer, tmp_path / "model.keras"):
+    for source in (model.optimizer, tmp_path / "model.keras", tmp_path / "model.h5"):
         _, state = dialect.import_state(source, flat, names)
         assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
         exported = dialect.export_state(state, back_to(names), names, like=source)
@@ -266,7 +274,7 @@ def cut(path, share):
     return copy
 
 
-@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5", "model.h5"])
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_truncated_files(saved, name, share):
     model, folder = saved
@@ -295,11 +303,11 @@ def test_every_problem_is_named(saved):
 def test_other_objects_of_keras(saved):
     model, _ = saved
     adam = keras.optimizers.Adam()
+    for source in (scaled := keras.optimizers.LossScaleOptimizer(adam), adam):
+        with pytest.raises(ValueError, match="must be an RMSprop, got Adam"):
+            dialect.import_state(source, flat)
     with pytest.raises(ValueError, match="must be an RMSprop, got Adam"):
-        dialect.import_state(adam, flat)
-    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop())
-    with pytest.raises(ValueError, match="inner_optimizer"):
-        dialect.import_state(scaled, flat)
+        dialect.import_state(scaled.variables, flat, config=scaled.get_config())
     with pytest.raises(ValueError, match=r"model\.optimizer"):
         dialect.import_state(model, flat)
     with pytest.raises(ValueError, match="Is the optimizer built"):
@@ -308,3 +316,164 @@ def test_other_objects_of_keras(saved):
         dialect.import_state(keras.optimizers.RMSprop(), flat)
     with pytest.raises(FileNotFoundError):
         dialect.import_state("no such file.keras", flat, names_of(model))
+
+
+def compiled(optimizer, policy="float32"):
+    """A model with numbers in the variables of its optimizer."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+        model.compile(optimizer, loss="mse")
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for v in model.optimizer.variables:
+        v.assign(7 if "int" in v.dtype else rng.uniform(1, 2, v.shape))
+    return model
+
+
+# A model of this policy wraps its optimizer in a LossScaleOptimizer.
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_loss_scales(tmp_path, policy):
+    optimizer = keras.optimizers.RMSprop(momentum=0.9, use_ema=True)
+    if policy == "float32":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model = compiled(optimizer, policy)
+    optimizer, names = model.optimizer, names_of(model)
+    assert isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    inner, config = optimizer.inner_optimizer, optimizer.get_config()
+    inner.iterations.assign(5)
+    inner.learning_rate = 0.25
+    save(model, tmp_path)
+    tx, expected = dialect.import_state(inner, flat)
+    gradients = jax.tree.map(jnp.ones_like, expected.average)
+    updates, _ = tx.update(gradients, expected, gradients)
+    exported = dialect.export_state(expected, dict, like=inner)
+    serialized = keras.optimizers.serialize(optimizer)
+    sources = [
+        (optimizer, None, None),
+        (tmp_path / "model.keras", names, None),
+        (tmp_path / "model.h5", None, None),
+        (tmp_path / "model.weights.h5", names, config),
+        (tmp_path / "model.weights.h5", names, serialized),
+        (tmp_path / "model.weights.h5", names, inner.get_config()),
+        (optimizer.variables, None, config),
+        (optimizer.variables, None, inner.get_config()),
+        ([v.value for v in optimizer.variables], names, config),
+        ([v.value for v in inner.variables], names, config),
+        (exported, names, serialized),
+    ]
+    for source, own_names, own_config in sources:
+        tx, state = dialect.import_state(source, flat, own_names, config=own_config)
+        assert_same(state, expected)
+        assert_same(tx.update(gradients, state, gradients)[0], updates)
+        back = dialect.export_state(
+            state, back_to(own_names), own_names, like=source, config=own_config
+        )
+        assert_same(back, exported)
+    inner.load_own_variables(exported)
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule of a user's."""
+
+    def __call__(self, step):
+        return 0.01 * 0.5 ** (step / 1000)
+
+    def get_config(self):
+        return {}
+
+
+class Secret(Halving):
+    """A schedule of a user's without a configuration, so that no file holds it."""
+
+    def get_config(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("schedule", [Halving, Secret])
+def test_schedules_of_users_are_named(tmp_path, schedule):
+    model = compiled(keras.optimizers.RMSprop(schedule(), momentum=0.9))
+    sources = [(model.optimizer, None)]
+    if schedule is Halving:
+        save(model, tmp_path)
+        config = model.optimizer.get_config()
+        sources += [
+            (tmp_path / "model.keras", None),
+            (tmp_path / "model.h5", None),
+            (tmp_path / "model.weights.h5", config),
+        ]
+    for source, config in sources:
+        options = {"names": names_of(model), "config": config}
+        with pytest.raises(
+            ValueError, match=f"got the class {schedule.__name__}. Pass learning_rate"
+        ):
+            dialect.import_state(source, flat, **options)
+        tx, state = dialect.import_state(
+            source,
+            flat,
+            learning_rate=lambda count: 0.01 * jnp.float32(count),
+            **options,
+        )
+        # The mean square stays the same, so that the step is the learning rate.
+        square = chain_state.fields(state.inner_state)["nu"]
+        updates, _ = tx.update(jax.tree.map(jnp.sqrt, square), state)
+        traces = chain_state.fields(state.inner_state)["trace"]
+        for name, update in updates.items():
+            np.testing.assert_allclose(update, 0.9 * traces[name] - 0.07, rtol=1e-6)
+
+
+def test_names_too_long_for_one_attribute(tmp_path):
+    """HDF5 limits attributes to 64 kB."""
+    layers = [keras.layers.Dense(1, name=str(i) + 4000 * "x") for i in range(5)]
+    model = keras.Sequential([keras.Input((1,)), *layers])
+    model.compile(keras.optimizers.RMSprop(momentum=0.9))
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5") as file:
+        assert "weight_names" not in file["optimizer_weights"].attrs
+    _, state = dialect.import_state(tmp_path / "model.h5", flat)
+    _, expected = dialect.import_state(model.optimizer, flat)
+    assert_same(state, expected)
+
+
+def test_a_file_without_its_configuration(tmp_path):
+    """Keras forgets the optimizer when it writes an .h5 file, and then a .keras."""
+    model = compiled(keras.optimizers.RMSprop())
+    model.save(tmp_path / "model.h5")
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="holds no configuration of its optimizer"):
+        dialect.import_state(tmp_path / "model.keras", flat, names_of(model))
+    dialect.import_state(
+        tmp_path / "model.keras",
+        flat,
+        names_of(model),
+        config=model.optimizer.get_config(),
+    )
+
+
+def test_decay_is_left_out_where_the_user_says():
+    """Files do not hold the parameters that do not decay."""
+    optimizer = keras.optimizers.RMSprop(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = compiled(optimizer)
+    names, config = names_of(model), optimizer.get_config()
+    tx, state = dialect.import_state(optimizer, flat)
+    params = jax.tree.map(jnp.ones_like, chain_state.fields(state.inner_state)["nu"])
+    expected, _ = tx.update(params, state, params)
+    for mask in (
+        {"d_kernel": False, "d_bias": True},
+        lambda params: {name: "bias" in name for name in params},
+    ):
+        tx, state = dialect.import_state(
+            optimizer.variables,
+            lambda arrays: {name[name.index("d_") :]: x for name, x in arrays.items()},
+            [name.replace("/", "_") for name in names],
+            config=config,
+            exclude_from_weight_decay=mask,
+        )
+        own = {name[name.index("d_") :]: x for name, x in params.items()}
+        updates, _ = tx.update(own, state, own)
+        assert_same(list(updates.values()), list(expected.values()))
