@@ -4,10 +4,11 @@
     python examples/compare_optimizers.py
     python examples/compare_optimizers.py --epochs 20 --output runs/longer
 
-Every optimizer has its own best learning rate, so each is tuned on each task, by one
-compiled program that tries all learning rates at once. What it is tuned on is not what
-is reported: on a surface, 16 points around the start are for tuning; on the digits, the
-validation loss of seeds 100 to 104 is, and the test loss of seeds 0 to 4 is reported.
+Learning rates suit one optimizer and one task, so that each optimizer is tuned on each
+task, by one compiled program that tries all learning rates at once. Tuning and report
+use different data. On a surface, 16 points around the start are for tuning, and the
+start is reported. On the digits, the validation loss of seeds 100 to 104 is for tuning,
+and the test loss of seeds 0 to 4 is reported.
 
 The output folder receives compare_optimizers.png, .gif and .json.
 """
@@ -15,19 +16,14 @@ The output folder receives compare_optimizers.png, .gif and .json.
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import command_line
-import comparison_figures as figures
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import results
-import surfaces
-import sweep
+from common import command_line, digits, results, surfaces, sweep
+from common import comparison_figures as figures
 from tqdm import tqdm
 
 import optax_rms
@@ -51,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     make_parser().run(compare, argv)
 
 
-def compare(args: argparse.Namespace, command: str) -> None:
+def compare(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
     surface_rates = np.logspace(-4, 2, 13 if args.quick else 61)
     digits_rates = np.logspace(-5, 1, 7 if args.quick else 25)
     examples = sweep.load()
@@ -67,7 +64,7 @@ def compare(args: argparse.Namespace, command: str) -> None:
     figures.draw_figure(on_surfaces, on_digits, paths, stem.with_suffix(".png"))
     figures.draw_animation(paths, num_frames, stem.with_suffix(".gif"))
     measured = {"epochs": args.epochs, "surfaces": on_surfaces, "digits": on_digits}
-    results.save(stem.with_suffix(".json"), command, measured)
+    results.save(stem.with_suffix(".json"), args.command, measured)
     print_table(on_surfaces, on_digits)
     print(f"{stem.name}.png, .gif and .json are in {args.output}")
 
@@ -75,9 +72,9 @@ def compare(args: argparse.Namespace, command: str) -> None:
 def run_on_surfaces(
     make: MakeOptimizer, learning_rates: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What was found, and the path `[steps + 1, 2]`, by the name of the surface."""
+    """The best learning rate, and the path `[steps + 1, 2]`, by name of surface."""
     offsets = 0.1 * np.random.default_rng(0).normal(size=(17, 2))
-    offsets[0] = 0  # the start that is reported, the others are for tuning
+    offsets[0] = 0  # the reported start; the other 16 are for tuning
 
     def run(learning_rate: jax.Array, offset: jax.Array) -> list[Any]:
         paths = [
@@ -113,7 +110,7 @@ def run_on_digits(
     examples: list[digits.Examples],
     epochs: int,
 ) -> dict[str, Any]:
-    """What was found: the learning rate, and the test loss of it and of all others."""
+    """The best learning rate, and the test losses of all learning rates."""
     training, validation, test = examples
     rates, seeds = np.meshgrid(learning_rates, TUNING_SEEDS + SEEDS, indexing="ij")
     states, keys = sweep.start(
@@ -138,7 +135,7 @@ def run_on_digits(
 
 
 def least(losses: np.ndarray) -> int:
-    """The index of the lowest loss; those that diverged come last."""
+    """The index of the lowest loss; losses that are not finite come last."""
     return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
 
 
@@ -175,17 +172,9 @@ def print_table(on_surfaces: figures.Results, on_digits: figures.Results) -> Non
 
 
 def make_parser() -> command_line.Parser:
-    count = command_line.number(int, 1, 10**6, "a whole number of at least 1")
-    parser = command_line.Parser(
-        prog="compare_optimizers.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(__file__, __doc__, output="runs/compare")
     add = parser.add_argument
-    add("--epochs", type=count, default=10, help="on the digits, default 10")
-    add(
-        "--output", type=Path, default=Path("runs/compare"), help="default runs/compare"
-    )
+    add("--epochs", type=command_line.count(), default=10, help="on the digits")
     add("--quick", action="store_true", help="far fewer learning rates and frames")
     return parser
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a run over from PyTorch at half time and finishes it in JAX.
+"""Trains in PyTorch until half time, and in JAX from there to the end.
 
     python examples/continue_from_torch.py
 
 The network of train_digits.py is trained with torch.optim.RMSprop, momentum and a
 decaying learning rate. After half of the epochs the weights and the optimizer's state
-move to JAX, where the same batches follow. The picture shows the loss of this run, of
-one that stayed in PyTorch, and of one that took over only the weights.
+move to JAX, where the same batches follow. The output folder receives losses.png: the
+loss of this run, of a run that stayed in PyTorch, and of a run that moved the weights
+only.
 """
 
 import argparse
@@ -15,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import command_line
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import command_line, digits
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -39,7 +39,11 @@ MOMENTUM = 0.9
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    make_parser().run(run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
     training, validation = digits.prepare(*digits.load(), seed=args.seed)
     batches = list(make_batches(len(training.labels), args.epochs, args.seed))
     half = len(batches) // 2
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     first = train_in_torch(model, optimizer, decay, training, batches[:half])
 
-    # Here the run moves: the function for the weights serves for the state as well.
+    # The run moves: the function that converts the weights converts the state as well.
     params = convert(model.state_dict())
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, len(batches))
     tx, state = dialects.torch.import_state(
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     continued, final_params = train_in_jax(tx, params, state, training, batches[half:])
 
-    # Without the state: the schedule alone goes on.
+    # Without the state, only the schedule continues.
     tx = dialects.torch.rmsprop(lambda step: schedule(step + half), momentum=MOMENTUM)
     restarted, _ = train_in_jax(tx, params, tx.init(params), training, batches[half:])
 
@@ -74,7 +78,6 @@ def main(argv: list[str] | None = None) -> None:
         "continued in JAX": np.append(first, continued),
         "in JAX, without the optimizer's state": np.append(first * np.nan, restarted),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     draw_losses(runs, len(batches) // args.epochs, args.output / "losses.png")
     for name, params in (
         ("PyTorch to the end", convert(model.state_dict())),
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(tensors: Any) -> Any:
-    """The tree of Flax's parameters, from PyTorch's by name."""
+    """The tree of Flax's parameters, from the tensors of PyTorch by name."""
 
     def dense(name: str) -> dict[str, jax.Array]:
         return {
@@ -146,7 +149,7 @@ def train_in_jax(
 
 
 def draw_losses(runs: dict[str, np.ndarray], steps: int, path: Path) -> None:
-    """Means over epochs of so many steps, and single steps around half time."""
+    """Means over epochs of `steps` steps, and single steps around half time."""
     styles = (
         {"color": "0.75", "linewidth": 5},
         {"color": "tab:blue"},
@@ -170,19 +173,11 @@ def draw_losses(runs: dict[str, np.ndarray], steps: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command_line.Parser(
-        prog="continue_from_torch.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    even = command_line.number(int, 2, 10**6, "a whole number of at least 2")
-    seed = command_line.number(int, 0, 2**32 - 1, "a whole number in [0, 2**32)")
-    parser.add_argument("--epochs", type=even, default=20, help="default 20")
-    parser.add_argument("--seed", type=seed, default=0, help="default 0")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/torch"), help="default runs/torch"
-    )
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(__file__, __doc__, output="runs/torch")
+    add = parser.add_argument
+    add("--epochs", type=command_line.count(2), default=20, help="half of them in JAX")
+    add("--seed", type=command_line.seed, default=0, help="of weights and batches")
     return parser
 
 

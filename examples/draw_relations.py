@@ -4,8 +4,9 @@
     python examples/draw_relations.py
     python examples/draw_relations.py --output docs/images
 
-Each divides an average of the gradient by the root of an average of its square. What
-tells them apart is how far back the two averages reach. The output folder receives
+Each optimizer divides an average of the gradient by the root of an average of the
+square. The two averages of an optimizer reach back over one step, over recent steps or
+over all steps, and this alone makes the difference. The output folder receives
 relations.png.
 """
 
@@ -15,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import surfaces
+from common import command_line, surfaces
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
 
 
 class Average(NamedTuple):
-    """What an average covers, what makes it so, and the weights of the past in it."""
+    """The steps that an average covers, the setting, and the weights of past steps."""
 
     covers: str
     setting: str
@@ -76,13 +76,12 @@ CELLS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        draw(args.output / "relations.png")
-    except OSError as error:
-        parser.error(str(error))
+    command_line.Parser(__file__, __doc__, output="runs/relations").run(run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw(args.output / "relations.png")
     print(f"relations.png is in {args.output}")
 
 
@@ -130,22 +129,6 @@ def best_path(
     num_steps, paths = jax.jit(jax.vmap(run))(jnp.logspace(-3, 1, 81))
     best = int(np.argmin(num_steps))
     return np.asarray(paths[best, : num_steps[best] + 1])
-
-
-def make_parser() -> command_line.Parser:
-    parser = command_line.Parser(
-        prog="draw_relations.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/relations"),
-        help="default runs/relations",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python examples/learning_rate_sweep.py
     python examples/learning_rate_sweep.py --epochs 20 --output runs/longer
 
-One compiled program trains all 768 networks. A few of them are trained a second time,
-one after another, by the same code compiled for one network, to see how much longer
-that takes. The output folder receives learning_rate_sweep.png, the heat map of the
+One compiled program trains all 768 networks. For comparison of the times, 16 networks
+are trained a second time, one after another, by the same code compiled for one network.
+The output folder receives learning_rate_sweep.png, the heat map of the
 final validation loss, and learning_rate_sweep.json.
 """
 
@@ -18,13 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import command_line
-import digits
 import jax
 import matplotlib
 import numpy as np
-import results
-import sweep
+from common import command_line, digits, results, sweep
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -39,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     make_parser().run(run, argv)
 
 
-def run(args: argparse.Namespace, command: str) -> None:
+def run(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
     learning_rates = np.logspace(-5, 0, 8 if args.quick else 64)
     grid = np.meshgrid(DECAYS, learning_rates, SEEDS, indexing="ij")
     losses, times = train(
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         "learning_rates": learning_rates.tolist(),
         "val_loss": results.as_json(mean_loss),
     }
-    results.save(stem.with_suffix(".json"), command, measured)
+    results.save(stem.with_suffix(".json"), args.command, measured)
     print_times(times)
     print(f"{stem.name}.png and .json are in {args.output}")
 
@@ -73,8 +71,9 @@ def train(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Final validation losses, in the shape of the arguments, and times in seconds.
 
-    Some runs, spread evenly, are trained again one after another. Their epochs
-    alternate with those of all runs at once, so that both find the machine as busy.
+    Some runs, spread evenly, are trained again one after another. An epoch of all runs
+    at once and an epoch of these runs alternate, so that other work on the machine
+    lengthens both times alike.
     """
     training, validation, _ = sweep.load()
     states, keys = sweep.start(
@@ -118,7 +117,7 @@ def train(
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """The result of a call and the seconds that it took."""
+    """The result of a call and its duration in seconds."""
     begin = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - begin
@@ -186,15 +185,9 @@ def print_times(times: dict[str, float]) -> None:
 
 
 def make_parser() -> command_line.Parser:
-    count = command_line.number(int, 1, 10**6, "a whole number of at least 1")
-    parser = command_line.Parser(
-        prog="learning_rate_sweep.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(__file__, __doc__, output="runs/sweep")
     add = parser.add_argument
-    add("--epochs", type=count, default=10, help="default 10")
-    add("--output", type=Path, default=Path("runs/sweep"), help="default runs/sweep")
+    add("--epochs", type=command_line.count(), default=10, help="of each network")
     add("--quick", action="store_true", help="8 learning rates only")
     return parser
 

@@ -4,11 +4,11 @@
     python examples/low_memory.py
     python examples/low_memory.py --steps 2000 --seed 1 --output runs/longer
 
-The bytes are those that outlive a step: weights and optimizer state. With bfloat16
-weights, a one-byte residual of each and a one-byte mean square, RMSProp needs 4. Plain
-bfloat16 weights and mean squares take 4 bytes as well, and show what the residual and
-the stochastic rounding are for. All runs start from the same weights, which bfloat16
-rounds, and see the same batches of the text behind Python's `help()`.
+Weights and optimizer state outlive a step, and their bytes are counted. With bfloat16
+weights, a residual of one byte and a mean square of one byte, RMSProp needs 4. Plain
+bfloat16 weights and mean squares take 4 bytes as well and learn worse, for lack of the
+residual and of stochastic rounding. All runs start from the same weights, rounded where
+they are bfloat16, and see the same batches of the text behind Python's `help()`.
 
 The output folder receives low_memory.png, the losses and the memory in one picture, and
 low_memory.json.
@@ -19,12 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import characters
-import command_line
 import jax
 import jax.numpy as jnp
 import optax
-import results
+from common import characters, command_line, results
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -34,7 +32,7 @@ EVALUATIONS = 20
 
 
 class Recipe(NamedTuple):
-    """How a run stores its weights and what updates them."""
+    """The dtype of the weights, and the optimizer."""
 
     name: str
     weights: Any
@@ -58,11 +56,12 @@ def recipes(steps: int) -> list[Recipe]:
 
 
 class Run(NamedTuple):
-    """What came of a recipe.
+    """The measurements of a run.
 
     Attributes:
-      losses: of validation, at equal distances from the first step to the last.
-      num_bytes: that the weights and each part of the optimizer's state occupy.
+      losses: of validation, in nats per character, at equal distances from the first
+        step to the last.
+      num_bytes: of the weights and of each part of the optimizer's state.
     """
 
     losses: list[float]
@@ -73,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     make_parser().run(compare, argv)
 
 
-def compare(args: argparse.Namespace, command: str) -> None:
+def compare(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
     text = characters.load()
     width, depth = (16, 1) if args.quick else (64, 2)
     network = characters.Transformer(text.vocabulary, width, depth)
@@ -102,7 +102,7 @@ def compare(args: argparse.Namespace, command: str) -> None:
             for name, run in runs.items()
         },
     }
-    results.save(stem.with_suffix(".json"), command, measured)
+    results.save(stem.with_suffix(".json"), args.command, measured)
     print_table(runs, num_weights)
     print(f"{stem.name}.png and .json are in {args.output}")
 
@@ -124,7 +124,7 @@ def train(
         return optax.apply_updates(weights, updates), state
 
     evaluate = jax.jit(characters.loss, static_argnums=1)
-    # A copy, since every step gives its memory to the next.
+    # A copy, since every step donates the memory of its arguments.
     weights = jax.tree.map(lambda p: jnp.array(p, recipe.weights), params)
     state = recipe.optimizer.init(weights)
     losses = [float(evaluate(weights, network, text.validation))]
@@ -209,19 +209,10 @@ def print_table(runs: dict[str, Run], num_weights: int) -> None:
 
 
 def make_parser() -> command_line.Parser:
-    steps = command_line.number(
-        int, EVALUATIONS, 10**6, f"a whole number of at least {EVALUATIONS}"
-    )
-    seed = command_line.number(int, 0, 2**32 - 1, "a whole number in [0, 2**32)")
-    parser = command_line.Parser(
-        prog="low_memory.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.Parser(__file__, __doc__, output="runs/memory")
     add = parser.add_argument
-    add("--steps", type=steps, default=500, help="default 500")
-    add("--seed", type=seed, default=0, help="default 0")
-    add("--output", type=Path, default=Path("runs/memory"), help="default runs/memory")
+    add("--steps", type=command_line.count(EVALUATIONS), default=500, help="per run")
+    add("--seed", type=command_line.seed, default=0, help="of weights and batches")
     add("--quick", action="store_true", help="train a far smaller network")
     return parser
 

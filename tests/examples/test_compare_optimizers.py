@@ -7,16 +7,13 @@ import json
 import types
 
 import compare_optimizers
-import comparison_figures
-import digits
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import optax
 import pytest
-import surfaces
-import sweep
+from common import comparison_figures, digits, surfaces, sweep
 from PIL import Image
 
 import optax_rms

@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
-import surfaces
+from common import surfaces
 
 import optax_rms
 

@@ -5,13 +5,12 @@ import contextlib
 import io
 import json
 
-import digits
 import jax
 import learning_rate_sweep
 import matplotlib.image
 import numpy as np
 import pytest
-import sweep
+from common import digits, sweep
 
 import optax_rms
 

@@ -3,7 +3,6 @@
 
 import json
 
-import characters
 import jax
 import jax.numpy as jnp
 import low_memory
@@ -11,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from common import characters
 
 import optax_rms
 

@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
-import digits
 import jax
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 import train_digits
+from common import checkpoints, curves, digits, results
 
 import optax_rms
 
@@ -28,7 +28,8 @@ ROUNDING = 2 * float(np.finfo(np.float32).eps)
 def compile_equal_settings_once():
     """Compiled functions are found again by the identity of the optimizer."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(optax_rms, "rmsprop", functools.cache(optax_rms.rmsprop))
+        for library in (optax_rms, optax):
+            monkeypatch.setattr(library, "rmsprop", functools.cache(library.rmsprop))
         yield
 
 
@@ -113,7 +114,7 @@ def test_mean_validation_accuracy_over_five_seeds_is_at_least_97_percent(
     monkeypatch, tmp_path
 ):
     monkeypatch.setattr(checkpoints, "save", lambda *args: None)
-    monkeypatch.setattr(train_digits, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(curves, "draw", lambda *args: None)
     accuracies = [
         run(tmp_path, "--seed", seed)["final"]["val_accuracy"] for seed in range(5)
     ]
@@ -133,7 +134,8 @@ def test_one_call_per_epoch(monkeypatch, tmp_path):
     monkeypatch.setattr(digits, "train_epoch", counting_train_epoch)
     run(tmp_path, "--epochs", 3)
     steps_per_epoch = int(0.8 * 1797) // 32
-    assert steps == [steps_per_epoch, 2 * steps_per_epoch, 3 * steps_per_epoch]
+    in_a_run = [steps_per_epoch, 2 * steps_per_epoch, 3 * steps_per_epoch]
+    assert steps == 2 * in_a_run  # the second with Optax
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_seed_reaches_split_and_weights(monkeypatch, tmp_path):
         return prepare(*examples, seed=seed)
 
     def recording_create_state(optimizer, key, num_pixels):
-        received.append(train_digits.sha256(jax.random.key_data(key)))
+        received.append(results.sha256(jax.random.key_data(key)))
         raise KeyboardInterrupt
 
     prepare = digits.prepare
@@ -228,21 +230,21 @@ def test_each_epoch_is_shuffled_anew():
 
 
 def test_run_prints_a_table_and_writes_curves_and_results(tmp_path, capsys):
-    results = run(tmp_path, "--epochs", 3, "--seed", 7)
+    found = run(tmp_path, "--epochs", 3, "--seed", 7)
     captured = capsys.readouterr()
     assert "3/3" in captured.err
-    final = results["final"]
+    final = found["final"]
     for label, prefix in (("training", ""), ("validation", "val_")):
         loss, accuracy = final[f"{prefix}loss"], final[f"{prefix}accuracy"]
-        assert f"{label:10}  {loss:8.4f}  {accuracy:8.4f}\n" in captured.out
+        assert f"{label:13}  {loss:8.4f}  {accuracy:8.4f}\n" in captured.out
         assert f"{prefix}accuracy={accuracy:.3g}" in captured.err
     assert "test" not in captured.out.split(str(tmp_path))[0]
 
-    assert len(results["history"]) == 3
-    assert results["history"][-1] == final
-    assert results["history"][0]["loss"] > 2 * final["loss"]
-    assert results["settings"].pop("data_sha256")
-    assert results["settings"] == {
+    assert len(found["history"]) == 3
+    assert found["history"][-1] == final
+    assert found["history"][0]["loss"] > 2 * final["loss"]
+    assert found["settings"].pop("data_sha256")
+    assert found["settings"] == {
         "learning_rate": 0.001,
         "momentum": 0.0,
         "centered": False,
@@ -250,7 +252,7 @@ def test_run_prints_a_table_and_writes_curves_and_results(tmp_path, capsys):
         "seed": 7,
         "epochs": 3,
     }
-    assert results["versions"]["jax"] == jax.__version__
+    assert found["versions"]["jax"] == jax.__version__
 
     picture = matplotlib.image.imread(tmp_path / "curves.png")
     assert picture.shape[0] > 400
@@ -258,14 +260,46 @@ def test_run_prints_a_table_and_writes_curves_and_results(tmp_path, capsys):
     assert picture.std() > 0.01
 
 
+@pytest.mark.parametrize("flags", [[], ["--momentum", 0.9, "--learning-rate", 1e-4]])
+def test_the_same_run_with_optax_has_the_same_losses(tmp_path, capsys, flags):
+    """The drop-in: up to rounding, which 132 steps of training pass on."""
+    found = run(tmp_path, "--epochs", 3, *flags)
+    in_optax, final = found["optax.rmsprop"], found["final"]
+    difference = in_optax["largest_difference_of_losses"]
+    assert difference >= abs(in_optax["val_loss"] - final["val_loss"])
+    assert difference < 1e-4 * final["loss"]
+    loss, accuracy = in_optax["val_loss"], in_optax["val_accuracy"]
+    assert (
+        f"optax.rmsprop  {loss:8.4f}  {accuracy:8.4f}  "
+        f"largest difference of a loss {difference:.1e}\n"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-3, np.nan])
+def test_a_difference_from_optax_is_shown(monkeypatch, tmp_path, capsys, factor):
+    """An optimizer that is not the same, and a run with Optax that diverges."""
+    optax_rmsprop = optax.rmsprop
+
+    def other_rmsprop(learning_rate, **kwargs):
+        return optax_rmsprop(factor * learning_rate, **kwargs)
+
+    monkeypatch.setattr(optax, "rmsprop", other_rmsprop)
+    found = run(tmp_path, "--epochs", 1)
+    difference = found["optax.rmsprop"]["largest_difference_of_losses"]
+    if np.isnan(factor):
+        assert difference is None
+        assert "largest difference of a loss nan\n" in capsys.readouterr().out
+    else:
+        assert difference > 1e-4 * found["final"]["loss"]
+
+
 def test_mnist_in_keras_layout(tmp_path, capsys):
     np.savez(tmp_path / "mnist.npz", **mnist_like())
-    results = run(tmp_path, "--data", tmp_path / "mnist.npz", "--epochs", 4)
-    final = results["final"]
+    final = run(tmp_path, "--data", tmp_path / "mnist.npz", "--epochs", 4)["final"]
     assert final["val_accuracy"] == pytest.approx(1, rel=ROUNDING)
     assert final["test_accuracy"] == pytest.approx(0.9, rel=ROUNDING)
     assert (
-        f"test        {final['test_loss']:8.4f}  {final['test_accuracy']:8.4f}\n"
+        f"test           {final['test_loss']:8.4f}  {final['test_accuracy']:8.4f}\n"
         in capsys.readouterr().out
     )
 
@@ -439,8 +473,7 @@ def test_resume_with_other_settings_names_those_that_differ(finished, copied, ca
 
 
 def test_without_resume_an_earlier_run_is_replaced(monkeypatch, copied):
-    results = run(copied, "--epochs", 1)
-    assert len(results["history"]) == 1
+    assert len(run(copied, "--epochs", 1)["history"]) == 1
     folders = [path.name for path in (copied / "checkpoints").iterdir()]
     assert folders == ["epoch_1"]
 
@@ -473,7 +506,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def largest_file(folder: Path) -> Path:
-    """The one that holds the numbers of the first layer."""
+    """The file with the numbers of the first layer."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)
 

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many training runs at once: one compiled program trains every one of them.
 
-`jax.vmap` turns the program that trains one network into one that trains as many as
-there are learning rates, decays and seeds. What it takes is `optax.inject_hyperparams`,
-which moves hyperparameters into the optimizer's state, where each run has its own.
+`jax.vmap` turns a program that trains one network into a program that trains a network
+per learning rate, decay and seed. `optax.inject_hyperparams` makes this possible: the
+hyperparameters become part of the optimizer's state, for example
+`state.hyperparams["learning_rate"]`, and each run has a state of its own.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+
+from . import digits
 
 BATCH_SIZE = 32
 _NOTHING = optax.identity()

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import surfaces
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+
+from . import surfaces
 
 # The colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
 COLORS = {

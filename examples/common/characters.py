@@ -40,7 +40,7 @@ def load() -> Text:
 
 
 class Block(nn.Module):
-    """Causal attention and a hidden layer, each added to what comes in."""
+    """Causal attention and a hidden layer, each added to its input."""
 
     @nn.compact
     def __call__(self, x):
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Logits of each next character. It computes in float32, whatever its weights."""
+    """Logits of each next character, computed in float32 for weights of any dtype."""
 
     vocabulary: int
     width: int

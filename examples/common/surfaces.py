@@ -14,7 +14,7 @@ from matplotlib.patches import Circle
 
 
 class Surface(NamedTuple):
-    """A loss of a point `[2]`, 0 at its minima, and the part of it worth seeing.
+    """A loss of a point `[2]`, 0 at the minima, and the limits of the picture.
 
     An optimizer has settled when it stays within `radius` of a minimum.
     """
@@ -30,7 +30,7 @@ class Surface(NamedTuple):
 
 def ravine(point: jax.Array) -> jax.Array:
     x, y = point
-    # Along the axes, scaling each coordinate would be all that it takes.
+    # Turned by 20 degrees: along the axes, a scale per coordinate would make it round.
     cos, sin = math.cos(math.radians(20)), math.sin(math.radians(20))
     return (cos * x + sin * y) ** 2 / 50 + (cos * y - sin * x) ** 2
 

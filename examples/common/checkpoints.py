@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that survive a kill at any moment and tell when they are damaged.
 
-Orbax writes a checkpoint under another name and renames it, so it appears whole, but
-does not notice when its numbers are altered later. So the hashes of its files join
-them: a checkpoint counts once they are there and for as long as they match.
+Orbax writes a checkpoint under another name and renames the folder at the end, so that
+no half-written checkpoint is seen. Numbers that are altered later go unnoticed, so that
+the hashes of all files are saved beside them. A checkpoint is intact if the hashes are
+there and match.
 """
 
 import hashlib
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,17 @@ from typing import Any
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
+from .command_line import InputError
+from .results import write_json
+
 History = list[dict[str, float]]  # the metrics of each epoch
 
-# What Orbax logs about a damaged checkpoint, `restore` says in one line.
+# `restore` reports a damaged checkpoint in one line; the log of Orbax has pages.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-class SettingsError(Exception):
-    """The run to resume was started with other settings."""
-
-
 def open_folder(folder: Path) -> ocp.CheckpointManager:
-    """The manager of the checkpoints in a folder, of which it keeps the last two."""
+    """The manager of the checkpoints in a folder; the last two are kept."""
     return ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(
@@ -66,11 +65,12 @@ def restore(
 
     Args:
       manager: from `open_folder`.
-      state: the initial state; what is returned, with no history, if none is intact.
-      settings: must be those that the checkpoint was saved with.
+      state: the initial state, returned with an empty history if no checkpoint is
+        intact.
+      settings: must equal the settings that the checkpoint was saved with.
 
     Raises:
-      SettingsError: they are not; the message names those that differ.
+      InputError: a setting differs; the message names every such setting.
     """
     for epoch in sorted(manager.all_steps(), reverse=True):
         if _is_intact(_folder(manager, epoch)):
@@ -87,7 +87,7 @@ def restore(
     run_args = ocp.args.Composite(run=ocp.args.JsonRestore())
     run = manager.restore(epoch, args=run_args)["run"]
     if run["settings"] != settings:
-        raise SettingsError(
+        raise InputError(
             "cannot resume with other settings: "
             + ", ".join(
                 f"{name} was {run['settings'].get(name)}, not {value}"
@@ -102,13 +102,6 @@ def restore(
 def remove_all(manager: ocp.CheckpointManager) -> None:
     for epoch in manager.all_steps():
         manager.delete(epoch)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Writes a file that is never seen half-written."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
 
 
 def _folder(manager: ocp.CheckpointManager, epoch: int) -> Path:

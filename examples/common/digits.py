@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handwritten digits, and the network that the examples train on them.
 
-The network is the reference one of RMSProp's tutorials: a dense layer of 128 ReLU
-units and a softmax of 10, trained on cross-entropy.
+The network is common in tutorials on RMSProp: a dense layer of 128 ReLU units and a
+softmax of 10, trained on cross-entropy.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,7 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message says why, in one line."""
+from .command_line import InputError
 
 
 class Examples(NamedTuple):
@@ -96,7 +94,7 @@ def prepare(training: Examples, *others: Examples, seed: int) -> list[Examples]:
 
     A fifth of the training examples, drawn at random but from each digit alike, become
     the validation examples. All images are shifted and scaled by two numbers, so that
-    the pixels of those left for training have mean 0 and standard deviation 1.
+    the pixels of the remaining training images have mean 0 and standard deviation 1.
 
     Returns:
       Training, validation, and then the other examples, as float32 and int32.
@@ -153,12 +151,13 @@ def train_epoch(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One pass over the shuffled training examples, as one compiled program.
 
-    The last, incomplete batch is left out; which examples that concerns changes with
-    the shuffle.
+    The last, incomplete batch is left out: for example, 29 of 1,437 examples with
+    batches of 32. The shuffle chooses them anew in every epoch.
 
     Returns:
-      The new state and the epoch's metrics: `loss` and `accuracy` over the training
-      examples as they went by, `val_loss` and `val_accuracy` after the last step.
+      The new state and the metrics of the epoch: `loss` and `accuracy` are means over
+      the training examples, before the step on their batch; `val_loss` and
+      `val_accuracy` are measured after the last step.
     """
     num_examples = len(training.labels)
     num_steps = num_examples // batch_size
