@@ -3,6 +3,7 @@
 
 from optax_rms import dialects as dialects
 from optax_rms import recipes as recipes
+from optax_rms._adapt_state import adapt_state as adapt_state
 from optax_rms._rmsprop import rmsprop as rmsprop
 from optax_rms._scale_by_rms import ScaleByStddevState as ScaleByStddevState
 from optax_rms._scale_by_rms import scale_by_rms as scale_by_rms

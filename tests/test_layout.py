@@ -50,7 +50,7 @@ LAYERS = [
         "dialects._shared.reading",
     ],
     ["dialects._shared.__init__"],
-    ["_rmsprop"],
+    ["_adapt_state", "_rmsprop"],
     ["_scale_by_rms"],
     ["monitoring.__init__"],
     ["monitoring._count_extremes"],
