@@ -23,11 +23,11 @@ from optax_rms.dialects._shared.reading import (
 class Converter:
     """A user's function from tree to tree, proved to move elements and nothing else.
 
-    The slots of an optimizer stand beside its parameters element by element. So a
-    function that renames, transposes, reshapes, splits and joins parameters does the
-    right thing to each slot as well, and one that scales, pads, drops, repeats or
-    rounds them does not. To tell, the function is first given arrays whose elements are
-    all the number of their array.
+    Each element of a parameter has one element in every slot of the optimizer. So a
+    function that renames, transposes, reshapes, splits and joins parameters is right
+    for the slots as well. A function that scales, pads, drops, repeats or rounds
+    elements is not. To find out, the function is first given arrays whose elements all
+    say which array they belong to (see `_numbered`).
 
     Attributes:
       treedef: the structure of the function's result.
@@ -103,39 +103,52 @@ class Converter:
             ) from error
 
     def _trace(self, template, arrays, result) -> list[tuple[int, ...]]:
-        """Where the elements of the numbered arrays went."""
+        """Find the arrays that the elements of each leaf of the result come from."""
         problems = Problems(f"{self._name} must only move elements, each to one place")
-        counts = np.zeros(len(arrays), np.int64)
-        sources = []
-        for path, leaf in jax.tree.leaves_with_path(result):
-            description = f"{dotted_name(path)} ({describe(leaf)})"
-            sources.append(())
-            if leaf.dtype.kind not in "fc":
-                problems.add(f"{description} is neither floating-point nor complex")
-                continue
-            if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-                problems.add(f"{description} cannot be held. {_X64_HINT}")
-            numbers = _numbers(leaf)
-            known = (numbers >= 1) & (numbers <= len(arrays))
-            if not known.all():
-                problems.add(
-                    f"{description} has elements that were not given, or were altered "
-                    "or rounded"
-                )
-            found = np.bincount(numbers[known] - 1, minlength=len(arrays))
-            counts += found
-            sources[-1] = tuple(map(int, np.flatnonzero(found)))
-        for i, (path, _) in enumerate(jax.tree.leaves_with_path(template)):
-            if counts[i] != (expected := real_numbers(arrays[i]).size):
-                is_held = jax.dtypes.canonicalize_dtype(arrays[i].dtype)
-                problems.add(
-                    f"{dotted_name(path)} ({describe(arrays[i])}) has {expected} "
-                    f"numbers, of which {counts[i]} came back."
-                    f"{'' if is_held == arrays[i].dtype else ' ' + _X64_HINT}"
-                    f"{_TIED_HINT if counts[i] > expected else ''}"
-                )
+        # One row per leaf of the result: how many elements come from each array.
+        counts = [
+            _count_sources(problems, path, leaf, len(arrays))
+            for path, leaf in jax.tree.leaves_with_path(result)
+        ]
+        returned = sum(counts, start=np.zeros(len(arrays), int))
+        paths = [path for path, _ in jax.tree.leaves_with_path(template)]
+        for path, array, count in zip(paths, arrays, returned, strict=True):
+            _check_returned(problems, path, array, int(count))
         problems.raise_any()
-        return sources
+        return [tuple(map(int, np.flatnonzero(row))) for row in counts]
+
+
+def _count_sources(
+    problems: Problems, path: Any, leaf: np.ndarray, arrays: int
+) -> np.ndarray:
+    """How many elements of a leaf of the result come from each of the arrays."""
+    description = f"{dotted_name(path)} ({describe(leaf)})"
+    if leaf.dtype.kind not in "fc":
+        problems.add(f"{description} is neither floating-point nor complex")
+        return np.zeros(arrays, int)
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        problems.add(f"{description} cannot be held. {_X64_HINT}")
+    numbers = _numbers(leaf)
+    is_known = (numbers >= 1) & (numbers <= arrays)
+    if not is_known.all():
+        problems.add(
+            f"{description} has elements that were not given, or were altered or "
+            "rounded"
+        )
+    return np.bincount(numbers[is_known] - 1, minlength=arrays)
+
+
+def _check_returned(problems: Problems, path: Any, array: Any, count: int) -> None:
+    """All elements of an array must be in the result, each of them once."""
+    if count == (expected := real_numbers(array).size):
+        return
+    is_held = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    problems.add(
+        f"{dotted_name(path)} ({describe(array)}) has {expected} numbers, of which "
+        f"{count} came back."
+        f"{'' if is_held else ' ' + _X64_HINT}"
+        f"{_TIED_HINT if count > expected else ''}"
+    )
 
 
 _TIED_HINT = (
@@ -152,20 +165,38 @@ def _some(names: Iterable[Any]) -> str:
     return f"{names[:10]}{more}"
 
 
-# By bytes per number. An odd number beyond them changes in the next narrower dtypes,
-# which have 11 and 24 bits for its digits, and is exact in its own, with 24 and 53.
+# Elements of the k-th array are offset + 2 k + 1, with the offset of their dtype, by
+# bytes per number. Such a number is odd and has 16 binary digits at least in float32
+# (25 in float64), so that every digit down to the last matters. A dtype that is
+# narrower than its own has fewer digits (float16 11, bfloat16 8, float32 24) and rounds
+# the number to an even one, which belongs to no array. That is how a cast shows.
 _OFFSETS = {4: 2.0**15, 8: 2.0**24}
 
 
 def _numbered(array: Any, number: int) -> np.ndarray:
-    """An array like this one, filled with its number, in both parts if complex."""
+    """An array like this one, whose elements all say that they are of this number.
+
+    Of a complex array, real and imaginary part both say so.
+
+    Example:
+      >>> weights = _numbered(np.zeros(2, np.float32), 1)
+      >>> print(weights, _numbers(weights))
+      [32771. 32771.] [1 1]
+
+      Numbers that were rounded on their way, here to a multiple of 32, are of none:
+
+      >>> rounded = weights.astype(np.float16).astype(np.float32)
+      >>> print(rounded, _numbers(rounded))
+      [32768. 32768.] [0 0]
+    """
     value = _OFFSETS[array.real.dtype.itemsize] + 2 * number + 1
     return np.full_like(array, value * (1 + 1j) if np.iscomplexobj(array) else value)
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """The numbers of the arrays that these elements come from, 0 if from none."""
+    """The inverse of `_numbered`, element by element; 0 for any other number."""
     values = real_numbers(array).ravel().astype(np.float64)
+    # float32 numbers may have gone into a float64 array, where they are exact.
     offsets = np.where(values > _OFFSETS[8], _OFFSETS[8], _OFFSETS[4])
     numbers = (values - offsets - 1) / 2
     is_whole = (numbers == np.floor(numbers)) & (abs(numbers) < _OFFSETS[8])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSProp as Keras 3 has it, and runs handed over from and to Keras."""
+"""Import and export of the state of RMSProp from and to Keras."""
 
 import collections
 from collections.abc import Callable, Mapping
@@ -33,43 +33,48 @@ def import_state(
     *,
     exclude_from_weight_decay: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, RMSpropState]:
-    """Take over a run from ``keras.optimizers.RMSprop``.
+    """Continue a run of ``keras.optimizers.RMSprop`` of Keras 3 or tf.keras >= 2.11.
 
     Args:
-      source: one of these, and nothing of Keras itself is needed to read them:
+      source: one of the following. Keras and TensorFlow need not be installed.
 
-        * the optimizer, built, on any backend: ``model.optimizer``;
-        * the path of a file that ``model.save`` has written, ``*.keras``;
-        * the path of a file that ``model.save_weights`` has written, ``*.weights.h5``,
-          with ``config``;
-        * a list of variables or arrays such as ``optimizer.variables``, or a mapping
-          from ``"0"``, ``"1"``, ... to arrays such as `export_state` returns, both with
+        * The path of a file of ``model.save``, ``"model.keras"`` or ``"model.h5"``.
+        * The path of a file of ``model.save_weights``, ``"model.weights.h5"``, with
           ``config``.
+        * The optimizer, built, on any backend, for example ``model.optimizer``.
+        * A list of variables or arrays, for example ``optimizer.variables``, or a
+          mapping from ``"0"``, ``"1"``, ... to arrays, for example the result of
+          `export_state`; both with ``config``.
 
-        To read files, h5py must be installed.
-      convert: the function with which the weights of the model are moved to the tree of
+        Of a ``LossScaleOptimizer``, as models of the policy ``mixed_float16`` have, the
+        inner optimizer is imported; scales of losses are not. Reading files needs h5py.
+      convert: the function that turns the weights of the model into the tree of
         parameters here. It is called with the slots of the optimizer in place of the
-        weights, in NumPy arrays, those of half precision widened to float32. It may
-        rename, transpose, reshape, split and join arrays, but not scale, pad, drop or
-        round them.
+        weights, as ``{name: array}`` with NumPy arrays; arrays of half precision are
+        widened to float32. It may rename, transpose, reshape, split and join arrays,
+        but not scale, pad, drop or round them.
       names: names of the trainable variables in the order of the model,
         ``[v.path for v in model.trainable_variables]``; or a mapping from the names to
-        the weights, in this order, with which all shapes are checked. The keys that
-        ``convert`` is given. An optimizer knows them itself, with underscores for
-        slashes; files, which store by position, do not.
-      learning_rate: a number, array, or schedule that replaces the one of Keras. A
-        schedule is not started anew: it continues with the number of calls that the
-        optimizer has seen. It is needed where Keras has a schedule that is not its own.
-      config: what ``optimizer.get_config()`` returned, in place of that in ``source``.
+        the weights, in this order, with which all shapes are checked. ``convert`` is
+        given these names. Files in which Keras stores arrays by position (``.keras``,
+        ``.weights.h5``) need them. Optimizers and ``.h5`` files have names, in Keras 3
+        with underscores in place of slashes.
+      learning_rate: a number, array, or schedule in place of the learning rate of
+        Keras. A schedule starts from the number of calls that the optimizer has seen,
+        for example from 1000 after 1000 batches. Needed where Keras has a schedule of a
+        class of yours.
+      config: the result of ``optimizer.get_config()``, in place of the configuration in
+        ``source``.
+      exclude_from_weight_decay: as for `rmsprop`. By default the parameters that an
+        optimizer excludes stay excluded; files and lists of variables do not hold them.
 
     Returns:
-      The transformation `rmsprop`, and its state, which continue the run. Parameters
-      that an optimizer excludes from weight decay stay excluded; files do not tell.
+      The transformation `rmsprop`, and its state, which continue the run.
 
     Raises:
-      ValueError: naming everything that is missing, left over, of a wrong shape or
-        dtype, out of range or not finite, or all arrays with which ``convert`` does
-        something else than allowed.
+      ValueError: ``source`` cannot be imported. The message names everything that is
+        missing, left over, of a wrong shape or dtype, out of range or not finite, or
+        all arrays that ``convert`` does not just move.
       ImportError: h5py is missing.
 
     Example:
@@ -97,7 +102,7 @@ def import_state(
       >>> print(updates["weight"][0])
       [-0.1 -0.1]
 
-      And back, one step further:
+      Back in Keras, one step later:
 
       >>> def convert_back(params):
       ...     return {"kernel": params["weight"].T}
@@ -162,18 +167,19 @@ def export_state(
     like: Any,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Hand a run over to ``keras.optimizers.RMSprop``.
+    """The inverse of `import_state`: continue in Keras a run of JAX.
 
-    What it returns is for the method ``load_own_variables`` of the optimizer, which has
-    to be built. The settings, the learning rate included, are those of ``like``.
+    The result is for ``load_own_variables`` of the optimizer, which must be built; of a
+    ``LossScaleOptimizer``, for that of its ``inner_optimizer``. All settings, the
+    learning rate included, are as in ``like``.
 
     Args:
-      state: of `rmsprop`, such as `import_state` returns.
-      convert_back: the inverse of the ``convert`` of `import_state`: it turns a tree of
-        parameters into ``{name: array}``.
+      state: of `rmsprop`, for example from `import_state`.
+      convert_back: the inverse of the ``convert`` of `import_state`: a function from a
+        tree of parameters to ``{name: array}``.
       names: as for `import_state`.
-      like: the optimizer that is to take over, or anything else that `import_state`
-        takes. Order, shapes and dtypes are as in there.
+      like: the optimizer that continues the run, or any other ``source`` of
+        `import_state`, for the order, shapes and dtypes of the variables.
       config: as for `import_state`.
 
     Returns:
@@ -181,9 +187,9 @@ def export_state(
       optimizer's variables.
 
     Raises:
-      ValueError: naming everything in which the state does not fit ``like``, or all
-        arrays with which ``convert_back`` does something else than allowed.
-      TypeError: the state is that of another transformation.
+      ValueError: the state does not fit ``like``, or ``convert_back`` does not just
+        move elements; everything found is in the message.
+      TypeError: the state belongs to another transformation.
     """
     checks.check_state_class("keras.export_state", state, RMSpropState)
     # The learning rate stays as in like, so that any number serves to read it.
@@ -225,7 +231,10 @@ def _named(arrays: dict[str, Any]) -> collections.OrderedDict[str, Any]:
 
 
 def _read(slot: str, name: str, value: Any, weights: dict[str, Any]) -> np.ndarray:
-    """A slot of a parameter; ``weights`` gets an array like it, if it has none yet."""
+    """Read a slot of a parameter; all slots of one must be alike.
+
+    The first slot becomes the template in ``weights``, if the user gave no weight.
+    """
     array = reading.read_array(
         f"{name}_{slot}", value, weights.get(name), nonnegative=slot == "velocity"
     )

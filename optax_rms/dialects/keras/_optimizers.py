@@ -31,7 +31,10 @@ class RMSpropState(NamedTuple):
       inner_state: state of ``optax_rms.rmsprop``: the moving averages of the gradients,
         and the momentum.
       average: moving average of the parameters, at least float32; ``None`` unless
-        ``use_ema``. It starts as a copy of the parameters.
+        ``use_ema``. ``init`` makes a copy of the parameters, or, of a
+        ``jax.ShapeDtypeStruct``, another one.
+
+    Leaves of an integer or boolean dtype have ``None`` as state.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -59,14 +62,14 @@ def rmsprop(
     loss_scale_factor: None = None,
     name: None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""``keras.optimizers.RMSprop`` of Keras 3.
+    r"""``keras.optimizers.RMSprop`` of Keras 3, and of tf.keras from 2.11 on.
 
-    The updates are those of Keras, step for step, up to rounding. In this order:
+    Updates equal those of Keras step for step, up to rounding. In this order:
 
     1. With ``gradient_accumulation_steps`` :math:`= k`, only every :math:`k`-th call
        takes a step, with the mean of the last :math:`k` gradients.
     2. The gradient :math:`g_t` is clipped.
-    3. The parameters shrink, and then move:
+    3. The parameters :math:`\theta` are decayed and moved:
 
        .. math::
          v_t &= \text{rho} \, v_{t-1} + (1 - \text{rho}) \, g_t^2 \\
@@ -76,7 +79,7 @@ def rmsprop(
            - b_t
 
        from :math:`v_0 = b_0 = 0`. With ``centered``, the variance :math:`v_t - m_t^2`
-       takes the place of :math:`v_t`, where :math:`m_t` is the moving average of
+       replaces :math:`v_t` under the root, where :math:`m_t` is the moving average of
        :math:`g_t`.
     4. With ``use_ema``, at every call, also between the steps of an accumulation,
 
@@ -86,58 +89,66 @@ def rmsprop(
        from :math:`a = \theta` after the first step. With ``ema_overwrite_frequency``,
        the parameters become :math:`a` in the calls of every such step.
 
-    Where Keras is wrong, this is right: centered, Keras computes the variance as a
-    difference of two nearly equal numbers, which rounding makes negative and the root
-    NaN as soon as a gradient hardly changes for a hundred steps; here it cannot be
-    negative. Keras keeps its state in the dtype of the parameters; here it is at least
-    float32. Of a complex gradient, Keras takes the complex square; here it is
-    :math:`|g|^2`.
+    Four differences from Keras:
 
-    A gradient of ``None`` leaves its parameter and the averages of its gradients alone,
-    without decay, as in Keras; but :math:`a` still follows the parameter, and may
-    overwrite it. The constraints of Keras' variables are no part of this: project the
-    parameters after ``optax.apply_updates``.
+    * Centered, Keras subtracts two nearly equal numbers. Rounding makes the difference
+      negative and the root NaN as soon as a gradient hardly changes for a hundred
+      steps. The variance here is a sum of squares and is never negative.
+    * Keras keeps its state in the dtype of the parameters. State here is at least
+      float32.
+    * Keras squares a complex gradient as a complex number. The mean here is that of
+      :math:`|g|^2`.
+    * Keras applies the constraints of its variables. Project the parameters after
+      ``optax.apply_updates`` instead.
+
+    A gradient of ``None`` leaves the parameter and the averages of its gradients as
+    they are, without decay, as in Keras. The average :math:`a` still follows the
+    parameter, and may overwrite it. tf.keras leaves :math:`a` out there as well, and
+    starts :math:`a` from the parameters before the first step.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, or a schedule from the
-        number of calls so far, starting at 0, to one. The schedules of
+        number of calls so far, starting at 0, to one of these, for example
+        ``lambda count: 0.1 / (1 + count)``. The schedules of
         ``keras.optimizers.schedules`` are accepted whatever backend Keras runs on;
         classes derived from them must compute with JAX.
       rho: weight of the past in the moving averages, in [0, 1].
       momentum: weight of the past in the momentum, in [0, 1]; the number 0 for none.
       epsilon: added to the mean square, inside the root; at least 0.
       centered: whether to divide by the standard deviation of the gradient.
-      weight_decay: share of the parameters, times the learning rate, that every step
-        takes away; at least 0. ``update`` then needs the parameters.
-      clipnorm: greatest L2 norm of the gradient of one parameter array, which is scaled
-        down to it. More than 0.
-      clipvalue: greatest absolute value of an element of a gradient. More than 0.
-      global_clipnorm: greatest L2 norm of all gradients together. If it is not finite,
-        all updates are NaN, as in Keras. Only one of these three can be given.
-      use_ema: whether to average the parameters. ``update`` then needs them.
-      ema_momentum: weight of the past in that average, in [0, 1].
+      weight_decay: fraction of the parameters, times the learning rate, that every step
+        subtracts; at least 0. ``update`` then needs the parameters.
+      clipnorm: upper bound of the L2 norm of the gradient of each parameter array.
+        Longer gradients are scaled down. More than 0.
+      clipvalue: upper bound of the absolute value of the elements of gradients. More
+        than 0.
+      global_clipnorm: upper bound of the L2 norm of all gradients together. If the norm
+        is not finite, all updates are NaN, as in Keras. At most one of ``clipnorm``,
+        ``clipvalue`` and ``global_clipnorm`` can be given.
+      use_ema: whether to average the parameters. ``update`` then needs the parameters.
+      ema_momentum: weight of the past in the average of the parameters, in [0, 1].
       ema_overwrite_frequency: number of steps, at least 1, after which the average
         overwrites the parameters; ``None`` for never. Without ``use_ema`` it has no
         effect.
       gradient_accumulation_steps: calls per step, at least 2; ``None`` for 1.
       exclude_from_weight_decay: a tree of bools like the parameters, or a function from
-        the parameters to one, that is ``True`` where weights do not decay. In Keras,
-        this is a method.
+        the parameters to such a tree, with ``True`` where weights do not decay, for
+        example ``{"kernel": False, "bias": True}``. In Keras, this is a method.
       loss_scale_factor: must be ``None``; divide the gradients instead.
-      name: must be ``None``; nothing here has a name.
+      name: must be ``None``; transformations have no names.
 
     Returns:
       A gradient transformation with the state `RMSpropState`. With ``use_ema``, the
       averaged parameters are ``state.average``, or ``optax.tree.get(state, "average")``
-      where this is a part of a larger optimizer. At the end of Keras' ``fit`` they
-      become the parameters; here it is for you to use them.
+      in the state of a larger optimizer. Keras assigns them to the parameters at the
+      end of ``fit``; nothing does so here.
 
     Raises:
       ValueError: a number is out of range, an option has no meaning here, two kinds of
         clipping are given; in ``update``, the parameters are missing, every gradient is
         ``None``, or a gradient has another shape than its parameter.
-      TypeError: an argument is no number or flag; in ``init`` and ``update``, a leaf is
-        neither floating-point nor complex.
+      TypeError: an argument is no number or flag; in ``update``, a gradient is neither
+        floating-point nor complex.
 
     Example:
       Steps of two calls each, and the mean of the parameters after each call:
