@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -21,6 +20,10 @@ def full_like(x: Any, fill: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 def like(x: Any, array: jax.Array) -> jax.Array:
     """``array``, sharded like ``x`` of the same shape where ``x`` is traced."""
-    if isinstance(x, Tracer):
-        _, array = shard_alike(x, array)
-    return array
+    if not isinstance(x, Tracer):
+        return array
+    # A choice between an array and itself. XLA shards the operands of an elementwise
+    # operation alike, and drops this one later. For integers XLA drops x == x too soon.
+    # (JAX 0.12 removed `jax.experimental.shard_alike`.)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    return jnp.where(x == x, array, array)
