@@ -37,6 +37,7 @@ LAYERS = [
     ],
     [
         "dialects.keras._schedules",
+        "dialects.torch._schedules",
         "dialects._shared.chain_state",
         "dialects._shared.clipping",
         "dialects._shared.converter",

@@ -744,7 +744,7 @@ EXPORT_DAMAGE = {
     "no momentum wanted": (lambda: export(momentum=0), "'scale' is in param_groups[0]"),
     "momentum missing": (
         lambda: export({"momentum": 0}, momentum=0.9),
-        "needs ['square_avg', 'momentum_buffer'], but the state has [['square_avg']]",
+        "needs ['square_avg', 'momentum_buffer'], but the state has ['square_avg']",
     ),
     "mean missing": (lambda: export(centered=True), "centered True, which needs"),
     "mean not wanted": (

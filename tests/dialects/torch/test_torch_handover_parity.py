@@ -262,7 +262,8 @@ def test_rates_in_tensors_and_schedulers():
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, 10, cycle_momentum=False)
     torch_runs.run_torch(optimizer, part(gradients, 0, 3), RATES[:3])
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
-    tx, state = dialect.import_state(optimizer.state_dict(), convert)
+    with pytest.warns(UserWarning, match=r"param_groups \[0\] have 'initial_lr'"):
+        tx, state = dialect.import_state(optimizer.state_dict(), convert)
     expected, _ = dialect.import_state(optimizer.state_dict(), convert, None, 0.25)
     gradients = convert_gradients(part(gradients, 3, 4))
     gradients = jax.tree.map(lambda g: g[0], gradients)
