@@ -20,4 +20,6 @@ from optax_rms.storage import compress_state as compress_state
 from optax_rms.storage import decompress_state as decompress_state
 from optax_rms.storage import master_weights as master_weights
 from optax_rms.storage import recompress_state as recompress_state
+from optax_rms.storage import seed_rounding as seed_rounding
 from optax_rms.storage import split_master_weights as split_master_weights
+from optax_rms.storage import split_weights as split_weights

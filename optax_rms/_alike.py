@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+
+from optax_rms._types import PyTree
 
 
 def full_like(x: Any, fill: ArrayLike, dtype: DTypeLike) -> jax.Array:
@@ -27,3 +30,28 @@ def like(x: Any, array: jax.Array) -> jax.Array:
     # (JAX 0.12 removed `jax.experimental.shard_alike`.)
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     return jnp.where(x == x, array, array)
+
+
+def state_like(params: PyTree, state: PyTree) -> PyTree:
+    """``state`` with every tree in it that is like ``params`` sharded as they are.
+
+    For states of other libraries, whose ``init`` makes constants.
+    """
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+        return state
+    treedef = jax.tree.structure(params)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def is_like_params(node: Any) -> bool:
+        return jax.tree.structure(node, is_leaf=is_masked) == treedef
+
+    def leaf_like(p: Any, leaf: Any) -> Any:
+        return like(p, leaf) if jnp.shape(p) == getattr(leaf, "shape", None) else leaf
+
+    return jax.tree.map(
+        lambda n: jax.tree.map(leaf_like, params, n) if is_like_params(n) else n,
+        state,
+        is_leaf=is_like_params,
+    )

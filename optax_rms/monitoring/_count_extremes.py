@@ -11,12 +11,12 @@ from optax_rms.storage._compress_state import compressed_leaves
 
 
 class CodeCounts(NamedTuple):
-    """How many codes of a field stand at an end of their format.
+    """How many codes of a field are at an end of their format.
 
     Attributes:
       elements: number of codes.
-      saturated: number of those that stand for plus or minus the largest value.
-      zeros: number of those that stand for 0.
+      saturated: number of codes of plus or minus the largest value.
+      zeros: number of codes of 0.
     """
 
     elements: int
@@ -29,11 +29,11 @@ def count_extremes(state: Any) -> dict[str, CodeCounts]:
 
     A saturated code hides how large the value was, and a second moment that is too
     small makes steps too long. One overflow in a gradient saturates codes for a while;
-    if they stay so, move the window up. Zeros are in order where nothing else was ever
-    stored, or where it was small against ``eps``. If there are many others, which a run
-    without compression shows, move the window down. Either is done by
-    ``dataclasses.replace(format, lowest_exponent=...)``. If it would have to move both
-    ways, take a format of two bytes.
+    if codes stay saturated, move the window up, for example with
+    ``dataclasses.replace(UE6M2, lowest_exponent=-40)``. Zeros are in order where no
+    gradient ever came, and where values are small against ``eps``. If there are many
+    other zeros, which a run without compression shows, move the window down. If the
+    window would have to move both ways, use a format of two bytes.
 
     Args:
       state: a `CompressState`, or any state that contains some.
@@ -42,7 +42,9 @@ def count_extremes(state: Any) -> dict[str, CodeCounts]:
       The counts of each field, over all of its arrays.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`.
+      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
+        other formats than it names. Compiled, the second case counts every code of the
+        field both as saturated and as zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,13 +58,15 @@ def count_extremes(state: Any) -> dict[str, CodeCounts]:
       3 1 1
     """
     counts: dict[str, CodeCounts] = {}
-    for field, format, code in compressed_leaves(state):
-        # Without a step, that is, as if the levels had not sunk.
-        values = jnp.abs(format.decode(code))
+    for field, format, values in compressed_leaves(state):
+        # No code is NaN: these were stored in other formats, which a compiled program
+        # cannot report but by counts that nobody can take for real.
+        unreadable = jnp.isnan(values)
+        saturated = jnp.abs(values) == format.largest
         new = CodeCounts(
             elements=values.size,
-            saturated=jnp.sum(values == format.largest, dtype=jnp.uint32),
-            zeros=jnp.sum(values == 0, dtype=jnp.uint32),
+            saturated=jnp.sum(saturated | unreadable, dtype=jnp.uint32),
+            zeros=jnp.sum((values == 0) | unreadable, dtype=jnp.uint32),
         )
         old = counts.get(field)
         counts[field] = jax.tree.map(operator.add, old, new) if old else new

@@ -15,3 +15,5 @@ from optax_rms.storage._master_weights import master_weights as master_weights
 from optax_rms.storage._master_weights import (
     split_master_weights as split_master_weights,
 )
+from optax_rms.storage._master_weights import split_weights as split_weights
+from optax_rms.storage._seed_rounding import seed_rounding as seed_rounding

@@ -2,18 +2,32 @@
 """The wrapper that stores moments in fewer bytes, whatever optimizer they belong to."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_leaves_with_path
+from jax.typing import ArrayLike
 
+from optax_rms import _checks as checks
+from optax_rms._alike import state_like
+from optax_rms._numerics import is_half, widen
 from optax_rms._types import PyTree
+from optax_rms.storage._fingerprint import check_fingerprint, fingerprint, reject
 from optax_rms.storage._formats import Minifloat
 from optax_rms.storage._rounding import rounding_bits
+
+_CONVERSION = "decompress_state and recompress_state"
 
 
 class CompressState(NamedTuple):
@@ -22,17 +36,25 @@ class CompressState(NamedTuple):
     Attributes:
       rounding_step: number of updates so far, modulo 2^32, uint32 scalar. Together with
         the position of an element it determines how the element is rounded.
-      formats: the compressed fields and their formats, as the keys of a dict without
-        values, such as ``{"nu=UE6M2@-46": None}``. So they belong to the structure of
-        the tree, which `jax.jit` does not trace, and which libraries for checkpoints
-        store, and compare before they restore.
+      formats: fingerprint of ``fields``, uint32 scalar. A serialiser stores it beside
+        the codes, so that codes of other formats are recognized.
       inner_state: state of the wrapped transformation, with codes in the compressed
         fields.
+      fields: the compressed fields and their formats, as the keys of a dict without
+        values, for example ``{"nu=UE6M2@-46": None}``. The keys belong to the structure
+        of the tree, which `jax.jit` does not trace, and which libraries for checkpoints
+        store, and compare before they restore.
+      rounding_seed: the number that `seed_rounding` set, uint32 scalar, or ``None``.
+
+    States of version 0.1 had ``fields`` in the place of ``formats`` and no fingerprint.
+    Such a state from a pickle is read, and keeps this layout.
     """
 
     rounding_step: jax.Array
-    formats: dict[str, None]
+    formats: jax.Array | dict[str, None]
     inner_state: Any
+    fields: dict[str, None] | None = None
+    rounding_seed: jax.Array | None = None
 
 
 def compress_state(
@@ -49,13 +71,15 @@ def compress_state(
       c_t &= \text{encode}(v_t, r_t)
 
     with random bits :math:`r_t`, a hash of element, array and step. The rounding is
-    unbiased, and the update :math:`u_t` does not see it before the next step, so that
-    any bound that ``inner`` puts on the update still holds. `Minifloat` says what each
-    format costs in accuracy.
+    unbiased, and affects the updates from the next step on, so that any bound of
+    ``inner`` on the update still holds. One byte per parameter and field has a worst
+    relative error of 25 % for each rounding, two bytes 0.4 % (unsigned, for squares)
+    or 0.8 % (signed); float32 has four bytes. `Minifloat` gives the noise of averages.
 
     Fields are found by name in every ``NamedTuple`` and dataclass of the state, through
-    ``optax.chain``, ``inject_hyperparams``, ``partition``, ``masked`` and the like. The
-    keys of dictionaries are no fields, since they may be names of parameters.
+    ``optax.chain``, ``inject_hyperparams``, ``partition``, ``masked`` and other
+    wrappers. The keys of dictionaries are no fields, since they may be names of
+    parameters.
 
     =====================  ==========================================================
     optimizer              fields
@@ -67,33 +91,41 @@ def compress_state(
     Lion                   ``mu``
     =====================  ==========================================================
 
-    * Codes have the shape and the sharding of the array they stand for, and the same
+    * Codes have the shape and the sharding of the array that they encode, and the same
       bits under any sharding. (Not in ``jax.shard_map``: shards count their elements
-      from 0 each. Nor do the members of a ``jax.vmap`` have random bits of their own.)
-    * Complex and 64-bit arrays stay as they are. What is narrower than float32, also of
-      the gradients and of other fields, is widened for ``inner`` and narrowed again.
-      So let ``optax.apply_if_finite``, which insists on the dtypes of its state, wrap,
-      and ``optax.lookahead``, whose updates are not like its gradients.
+      from 0 each.)
+    * The members of a ``jax.vmap`` share their random bits, until `seed_rounding` gives
+      each member its own.
+    * Complex and 64-bit arrays stay as they are. Gradients and fields narrower than
+      float32 are widened for ``inner`` and narrowed again. Put
+      ``optax.apply_if_finite`` outside, for example
+      ``optax.apply_if_finite(compress_state(...), 5)``, because it compares the dtypes
+      of its state. Put ``optax.lookahead`` outside, because its updates are pairs.
+    * Leaves of an integer or boolean dtype have no state: ``inner`` receives ``None``
+      in place of them and of their gradients. Where ``inner`` accepts a gradient of
+      ``None`` for another leaf, the state of that leaf does not change.
     * Derivatives do not pass through codes.
-    * Values that ``inner`` leaves alone, as ``optax.MultiSteps`` does between updates,
-      keep their codes, unless the format has a ``decay``: then wrap what is inside.
-    * In a compiled step with a donated state, a byte per element for Adagrad, Adam or
-      RMSProp, XLA on the CPU moves 3/4 of the memory that float32 needs. It computes
+    * Values that ``inner`` leaves unchanged keep their codes, unless the format has a
+      ``decay``: then put, for example, ``optax.MultiSteps`` outside,
+      ``optax.MultiSteps(compress_state(...), 4)``.
+    * In a compiled step with a donated state, one byte per element for Adagrad, Adam or
+      RMSProp, XLA on the CPU moves 3/4 of the memory that float32 needs. XLA computes
       parameters and codes in two loops, and copies the old codes for both to read. If
-      RMSProp has momentum, it also keeps the update in float32, and moves 6/5. For an
-      H100 each array is one kernel, which moves no more than it must.
-    * Arrays of one shape have random bits of their own each, so XLA compiles every one
-      for itself: a few seconds for a hundred arrays, where float32 takes one.
+      RMSProp has momentum, XLA also keeps the update in float32, and moves 6/5. For an
+      H100 each array is one kernel, which moves no more memory than necessary.
+    * Arrays of one shape have random bits of their own each, so XLA compiles each of
+      them: a few seconds for a hundred arrays, where float32 takes one.
     * With ``eps`` outside the root, as in Adam, averages down to ``eps**2`` matter.
       `Minifloat.for_eps` moves the window there.
 
     See `count_extremes` for whether a window fits, and `recompress_state` and
-    `decompress_state` for the way from an uncompressed run and back.
+    `decompress_state` for the conversion from and to an uncompressed run.
 
     Args:
       inner: any gradient transformation.
-      **formats: a format for each field that is to be compressed, signed for ``mu`` and
-        ``trace``, and wherever else numbers may be negative.
+      **formats: a format for each field to compress, for example ``nu=UE6M2``; a signed
+        format, for example ``mu=SE5M2``, for ``mu`` and ``trace``, and for other fields
+        with negative numbers.
 
     Returns:
       A gradient transformation with a `CompressState`.
@@ -101,9 +133,11 @@ def compress_state(
     Raises:
       ValueError: there are no formats, or that of ``mu`` or ``trace`` is not signed; in
         ``init``, a field does not exist or has no array that can be compressed; in
-        ``update``, the state has other formats.
+        ``update``, the state has other formats, or its codes were stored in other
+        formats. In a compiled ``update`` that second case makes all values of the
+        compressed fields NaN.
       TypeError: a format is not a `Minifloat`; in ``update``, the state is not a
-        `CompressState`.
+        `CompressState`, or a gradient is of an integer.
 
     Example:
       Averages of 0.1 and of 1e-9, in one byte each:
@@ -128,6 +162,7 @@ def compress_state(
     names = {f"{field}={formats[field].name}": None for field in sorted(formats)}
 
     def init(params) -> Any:
+        params = checks.check_parameters(params)
         inner_state = inner.init(params)
         # A node of the parameters may have an attribute with the name of a field.
         opaque = _node_types(jax.tree.structure(params)) - {tuple, list, dict}
@@ -136,39 +171,47 @@ def compress_state(
         if jax.tree.leaves(params):
             _check_fields(formats, fields, inner_state, opaque)
         step = jnp.zeros((), jnp.uint32)
-        codes = _encode_fields(inner_state, inner_state, fields, formats, step)
-        return CompressState(step, names, codes)
+        codes = _encode_fields(inner_state, inner_state, fields, formats, step, None)
+        codes = state_like(params, codes)
+        return CompressState(step, fingerprint(_description(names)), codes, names)
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         _check_state(state, names)
-        step, _, codes = state
+        checks.check_inexact_leaves("gradients", updates)
+        params = checks.check_parameters(params)
+        step, codes = state.rounding_step, state.inner_state
         fields = _fields(codes, formats, _has_codes)
-        values = _decode_fields(codes, fields, formats, step)
-        wide_updates, values = jax.tree.map(_widen, (updates, values))
-        new_updates, values = inner.update(wide_updates, values, params, **extra_args)
+        values = _decode_fields(codes, fields, formats, step, _check_codes(state))
+        wide_updates, values = jax.tree.map(widen, (updates, values))
+        new_updates, new = inner.update(wide_updates, values, params, **extra_args)
         new_updates = jax.tree.map(_narrow, new_updates, updates)
-        codes = _encode_fields(values, codes, fields, formats, step + 1)
-        return new_updates, CompressState(step + 1, names, codes)
+        # Optax has None in the new state where the gradient is None.
+        new = jax.tree.map(lambda old, new: old if new is None else new, values, new)
+        codes = _encode_fields(
+            new, codes, fields, formats, step + 1, state.rounding_seed
+        )
+        return new_updates, state._replace(rounding_step=step + 1, inner_state=codes)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def decompress_state(state: Any) -> Any:
-    """The float32 view of a compressed state: the state that ``inner`` would have.
+    """The float32 state in a compressed state: the state that ``inner`` would have.
 
-    For reading it, for exporting it, and to go on without compression, for which it is
-    all that ``inner`` needs. A state that ``jax.vmap`` made needs ``jax.vmap`` here, as
-    it does in `recompress_state`.
+    The purpose is reading, export, and training without compression from here on: the
+    result is a state of ``inner``. A state from ``jax.vmap`` needs ``jax.vmap`` here
+    and in `recompress_state`.
 
     Args:
       state: a `CompressState`, or any state that contains some.
 
     Returns:
-      ``state`` with every `CompressState` replaced by the state of what it wraps, with
-      float32 values in place of the codes.
+      ``state`` with every `CompressState` replaced by the state of the wrapped
+      transformation, with float32 values in place of the codes.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`.
+      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
+        other formats than it names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -189,8 +232,9 @@ def decompress_state(state: Any) -> Any:
 def recompress_state(state: Any, values: Any) -> Any:
     """A compressed state with the contents of an uncompressed one.
 
-    To go on with compression from a run that had none, or from an imported state, give
-    a fresh ``state`` from ``init``, and the state of the run as ``values``.
+    The purpose is to continue an uncompressed run, or an imported state, with
+    compression: give a fresh ``state`` from ``init``, and the state of the run as
+    ``values``.
 
     Args:
       state: a `CompressState`, or any state that contains some.
@@ -200,7 +244,8 @@ def recompress_state(state: Any, values: Any) -> Any:
       A state like ``state``, with the contents of ``values``, rounded stochastically.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`, or ``values`` differs from
+      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
+        other formats than it names, or ``values`` differs from
         ``decompress_state(state)`` in structure or in the shape of an array.
 
     Example:
@@ -219,17 +264,20 @@ def recompress_state(state: Any, values: Any) -> Any:
 
 
 def compressed_leaves(state: Any) -> Iterator[tuple[str, Minifloat, jax.Array]]:
-    """Field, format and codes of every compressed array in a state.
+    """Field, format and values of every compressed array, for levels as in step 0.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`.
+      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
+        other formats than it names.
     """
     for compressed in _compressed_states(state):
         formats, codes = _formats(compressed), compressed.inner_state
         fields = _fields(codes, formats, _has_codes)
-        for field, code in zip(fields, jax.tree.leaves(codes), strict=True):
+        # Lowered levels are no further from the ends of the format than in step 0.
+        values = _decode_fields(codes, fields, formats, 0, _check_codes(compressed))
+        for field, value in zip(fields, jax.tree.leaves(values), strict=True):
             if field is not None:
-                yield field, formats[field], code
+                yield field, formats[field], value
 
 
 def _fields(
@@ -258,12 +306,19 @@ def _nodes(inner_state: PyTree, opaque: Collection[type]) -> list[tuple[Any, Any
     )
 
 
-def _attributes(path) -> list[str]:
+def _attributes(path: KeyPath) -> list[str]:
     return [key.name for key in path if isinstance(key, GetAttrKey)]
 
 
-def _encode_fields(values, like, fields, formats, step):
-    """The codes of the fields; other leaves get the dtypes that ``like`` has."""
+def _encode_fields(
+    values: PyTree,
+    like: PyTree,
+    fields: Sequence[str | None],
+    formats: Mapping[str, Minifloat],
+    step: ArrayLike,
+    seed: jax.Array | None,
+) -> PyTree:
+    """The codes of the fields; other leaves get the dtypes of ``like``."""
     old_leaves, treedef = jax.tree.flatten(like)
     leaves = treedef.flatten_up_to(values)
     for i, (leaf, old, field) in enumerate(
@@ -272,27 +327,43 @@ def _encode_fields(values, like, fields, formats, step):
         if field is None:
             leaves[i] = _narrow(leaf, old)
         else:
-            leaves[i] = _encode(formats[field], leaf, step, np.uint32(i))
+            leaves[i] = _encode(formats[field], leaf, step, np.uint32(i), seed)
     return treedef.unflatten(leaves)
 
 
-def _decode_fields(codes, fields, formats, step):
+def _decode_fields(
+    codes: PyTree,
+    fields: Sequence[str | None],
+    formats: Mapping[str, Minifloat],
+    step: ArrayLike,
+    intact: bool | jax.Array,
+) -> PyTree:
+    """The values of the fields, NaN unless the codes are ``intact``."""
     leaves, treedef = jax.tree.flatten(codes)
     for i, (leaf, field) in enumerate(zip(leaves, fields, strict=True)):
         if field is not None:
-            leaves[i] = _decode(formats[field], leaf, step)
+            leaves[i] = _decode(formats[field], leaf, step, intact)
     return treedef.unflatten(leaves)
 
 
-# Compiled for themselves, so that they are traced once per shape and not once per leaf.
+# Functions under `jax.jit` of their own, to be traced once per shape instead of once
+# per leaf.
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(format, x, step, leaf):
-    return format.encode(x, rounding_bits(x.shape, step, leaf), step)
+def _encode(
+    format: Minifloat,
+    x: jax.Array,
+    step: ArrayLike,
+    leaf: ArrayLike,
+    seed: jax.Array | None,
+) -> jax.Array:
+    return format.encode(x, rounding_bits(x.shape, step, leaf, seed), step)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(format, code, step):
-    return format.decode(code, step)
+def _decode(
+    format: Minifloat, code: jax.Array, step: ArrayLike, intact: bool | jax.Array
+) -> jax.Array:
+    return reject(format.decode(code, step), unless=intact)
 
 
 def _decompress(node: Any) -> Any:
@@ -300,17 +371,22 @@ def _decompress(node: Any) -> Any:
         return node
     formats, codes = _formats(node), node.inner_state
     fields = _fields(codes, formats, _has_codes)
-    values = _decode_fields(codes, fields, formats, node.rounding_step)
+    values = _decode_fields(
+        codes, fields, formats, node.rounding_step, _check_codes(node)
+    )
     return jax.tree.map(_decompress, values, is_leaf=_is_compressed)
 
 
 def _recompress(node: Any, values: Any) -> Any:
     if not _is_compressed(node):
         return values
+    _check_codes(node)
     formats, codes = _formats(node), node.inner_state
     fields = _fields(codes, formats, _has_codes)
     values = jax.tree.map(_recompress, codes, values, is_leaf=_is_compressed)
-    codes = _encode_fields(values, codes, fields, formats, node.rounding_step)
+    codes = _encode_fields(
+        values, codes, fields, formats, node.rounding_step, node.rounding_seed
+    )
     return node._replace(inner_state=codes)
 
 
@@ -336,9 +412,26 @@ def _is_compressed(node: Any) -> bool:
     return isinstance(node, CompressState)
 
 
+def _names(state: CompressState) -> Any:
+    """The fields with their formats; in states of version 0.1, in another place."""
+    return state.formats if state.fields is None else state.fields
+
+
 def _formats(state: CompressState) -> dict[str, Minifloat]:
-    pairs = (name.split("=") for name in state.formats)
+    pairs = (name.split("=") for name in _names(state))
     return {field: Minifloat.from_name(format_name) for field, format_name in pairs}
+
+
+def _description(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _check_codes(state: CompressState) -> bool | jax.Array:
+    """Whether codes were stored in the formats that the state names, if known."""
+    if state.fields is None:
+        return True
+    formats = _description(state.fields)
+    return check_fingerprint("compress_state", state.formats, formats, _CONVERSION)
 
 
 def _node_types(treedef: Any) -> set[type]:
@@ -358,23 +451,16 @@ def _has_codes(leaf: Any, format: Minifloat) -> bool:
     return getattr(leaf, "dtype", None) == format.dtype
 
 
-def _is_half(leaf: Any) -> bool:
-    return _is_compressible(leaf) and leaf.dtype.itemsize < 4
-
-
-def _widen(leaf: Any) -> Any:
-    return leaf.astype(jnp.float32) if _is_half(leaf) else leaf
-
-
 def _narrow(leaf: Any, like: Any) -> Any:
-    """Undo what `_widen` did to ``like``."""
-    return leaf.astype(like.dtype) if _is_half(like) else leaf
+    """The inverse of `widen` on ``like``."""
+    return leaf.astype(like.dtype) if is_half(like) else leaf
 
 
 def _check_formats(formats: Mapping[str, Any]) -> None:
     if not formats:
         raise ValueError(
-            "compress_state needs the format of at least one field, such as nu=UE6M2."
+            "compress_state needs the format of at least one field, for example "
+            "nu=UE6M2; got none."
         )
     bad = [
         f"{field}={format!r}"
@@ -383,18 +469,23 @@ def _check_formats(formats: Mapping[str, Any]) -> None:
     ]
     if bad:
         raise TypeError(
-            "compress_state takes fields and their formats, each a Minifloat such as "
-            f"UE6M2; got {', '.join(bad)}."
+            "compress_state needs a Minifloat for each field, for example nu=UE6M2; "
+            f"got {', '.join(bad)}."
         )
     unsigned = [f for f in ("mu", "trace") if f in formats and not formats[f].signed]
     if unsigned:
         raise ValueError(
-            f"the format of {' and '.join(unsigned)} must be signed, such as SE5M2 or "
-            "SE8M7: an unsigned one makes negative numbers 0."
+            f"the format of {' and '.join(unsigned)} must be signed, for example SE5M2 "
+            "or SE8M7: an unsigned format makes negative numbers 0."
         )
 
 
-def _check_fields(formats, fields, inner_state, opaque) -> None:
+def _check_fields(
+    formats: Mapping[str, Minifloat],
+    fields: Sequence[str | None],
+    inner_state: PyTree,
+    opaque: Collection[type],
+) -> None:
     """Raise a ``ValueError`` unless every field is found and has leaves to compress."""
     missing = [field for field in formats if field not in fields]
     if not missing:
@@ -416,23 +507,23 @@ def _check_fields(formats, fields, inner_state, opaque) -> None:
     )
 
 
-def _check_state(state: Any, names: dict[str, None]) -> None:
+def _check_state(state: Any, names: Mapping[str, None]) -> None:
     if not _is_compressed(state):
         raise TypeError(
             "compress_state needs the CompressState that its init returns, got "
-            f"{type(state).__name__}; to compress the state of what it wraps, use "
-            "recompress_state."
+            f"{type(state).__name__}; to compress the state of the wrapped "
+            "transformation, use recompress_state(tx.init(params), state)."
         )
-    if state.formats != names:
+    if _names(state) != names:
         raise ValueError(
-            f"the state has the formats {list(state.formats)}, but compress_state was "
-            f"given {list(names)}; to convert it, use decompress_state, then "
-            "recompress_state."
+            f"the state has the formats {list(_names(state))}, but compress_state was "
+            f"given {list(names)}; to convert the state, use "
+            "recompress_state(tx.init(params), decompress_state(state))."
         )
 
 
 def _check_values(values: Any, expected: Any) -> None:
-    """Raise a ``ValueError`` naming every array that has not the expected shape."""
+    """Raise a ``ValueError`` naming every array that has another shape."""
     structure, expected_structure = map(jax.tree.structure, (values, expected))
     if structure != expected_structure:
         raise ValueError(

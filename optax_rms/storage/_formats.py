@@ -8,7 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Minifloat:
     r"""A floating-point format of one or two bytes, with stochastic rounding.
 
     With :math:`M = 2^{\text{mantissa_bits}}` and :math:`l = \text{lowest_exponent}`,
-    the codes :math:`c = 0, 1, 2, \ldots` stand for the magnitudes
+    the magnitudes of the codes :math:`c = 0, 1, 2, \ldots` are
 
     .. math::
       2^l \left( 2^{\lfloor c / M \rfloor} (1 + (c \bmod M) / M) - 1 \right).
@@ -26,11 +26,12 @@ class Minifloat:
     :math:`2^l / M`, which is gradual underflow. With ``lowest_exponent=-127`` the codes
     are the leading bits of the float32, whose own gradual underflow they inherit.
 
-    `encode` rounds to one of the two neighbouring codes, and to the upper one with just
-    the probability that makes the mean exact. A moving average can therefore be stored
-    in steps that are far larger than its increments. Both directions are a few integer
-    operations on each element alone: codes have the shape and the sharding of the array
-    they stand for, and there are no scales that elements share.
+    `encode` rounds to one of the two neighbouring codes, and to the upper code with the
+    probability that makes the mean exact: for example 1.1 becomes 1.25 with probability
+    0.4, and 1 otherwise. A moving average can therefore be stored in steps that are far
+    larger than its increments. Encoding and decoding are a few integer operations on
+    each element alone: codes have the shape and the sharding of the decoded array, and
+    elements share no scales.
 
     ======================  ===========  ==============  ===========  ==============
     format                  `UE6M2`      `UE8M8`         `SE5M2`      `SE8M7`
@@ -45,38 +46,41 @@ class Minifloat:
     ======================  ===========  ==============  ===========  ==============
 
     * Window: from :math:`2^l` to :math:`2^l \cdot 2^{2^{\text{exponent_bits}}}`.
-      Beyond `largest`, for infinity and for NaN the code is that of `largest`, with the
-      sign of the number; negative numbers become 0 if the format is not ``signed``.
-    * Worst error: one step, which is at most :math:`(|x| + 2^l) / M`.
+      Numbers beyond `largest`, for example infinity, and NaN get the code of `largest`,
+      with the sign of the number; negative numbers become 0 if the format is not
+      ``signed``.
+    * Worst error: one step, at most :math:`(|x| + 2^l) / M`.
     * Bias: :math:`E[\text{decode}(\text{encode}(x))] = x` up to `largest`, to the
       float32 precision of :math:`x + 2^l`.
     * Noise of a second moment, unsigned: standard deviation of :math:`\log \sqrt{v}`
       for a moving average :math:`v` of squares of Gaussian numbers, measured against
-      float32. It is at most :math:`\tfrac12 \sqrt{0.35 / M}`, 0.148 and 0.018, which it
-      approaches as the decay approaches 1. Noise :math:`\sigma` raises the mean of
-      :math:`1 / \sqrt{v}`, the length of an optimizer's steps, by
+      float32. The limit as the decay approaches 1, which is also the largest noise, is
+      :math:`\tfrac12 \sqrt{0.35 / M}`: 0.148 and 0.018. Noise :math:`\sigma` raises the
+      mean of :math:`1 / \sqrt{v}`, the length of an optimizer's steps, by
       :math:`1.5 \sigma^2`: by 1 to 3 % for `UE6M2`. Where the gradients of a network
       faded, up to 9 % were measured, and 13 % where they left the window.
     * Noise of a first moment, signed: root mean square error of a moving average of
-      Gaussian numbers, measured, as a fraction of its root mean square. The more a mean
-      cancels, the more the error counts.
+      Gaussian numbers, measured, as a fraction of the root mean square of the average.
+      The more a mean cancels, the more the error counts.
 
     `SE8M7` is bfloat16 and is stored as such.
 
-    Where gradients are sparse or fade away, most updates of a moving average are just
+    Where gradients are sparse or fade away, most updates of a moving average are only
     multiplications by the decay, and each is rounded. If the format has that ``decay``,
-    its levels sink by the same factor at every step, and spring back by an octave
-    whenever they have sunk so far, so that what only decays keeps its code. At decay
-    0.999 and with 1 % of the gradients nonzero, the noise of `UE6M2` falls from 0.18 to
-    0.08; while gradients fall by a factor of 1000, from 0.46 to 0.15. Dense, steady
-    gradients gain nothing, and constant ones lose (0.04 to 0.15).
+    its levels become smaller by the same factor at every step, and larger by an octave
+    whenever they are an octave too small, so that a number that only decays keeps its
+    code. At decay 0.999 and with 1 % of the gradients nonzero, the noise of `UE6M2`
+    falls from 0.18 to 0.08; while gradients fall by a factor of 1000, from 0.46 to
+    0.15. Dense, steady gradients gain nothing, and constant gradients lose (0.04 to
+    0.15).
 
     Args:
       exponent_bits: 1 to 8.
       mantissa_bits: at least 0; together with exponent and sign they fill 8 or 16 bits.
       lowest_exponent: -127, or ``mantissa_bits - 126`` to 127.
       signed: whether a bit is spent on the sign.
-      decay: factor per step by which the levels sink, in (0, 1]; 1 for fixed levels.
+      decay: factor by which the levels become smaller at each step, in (0, 1]; 1 for
+        fixed levels.
 
     Raises:
       TypeError: an exponent or a number of bits is not an int.
@@ -153,18 +157,19 @@ class Minifloat:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude that has a code (half of it, if levels have sunk)."""
+        """The largest magnitude with a code (half of this, for lowered levels)."""
         pattern = np.uint32((self._top_code << self._shift) + self._base)
         return float(pattern.view(np.float32) - self._offset)
 
     def for_eps(self, eps: float, eps_in_sqrt: bool = True) -> "Minifloat":
         """The format whose window begins where a mean square is lost in ``eps``.
 
-        Inside the root it begins at the power of two below ``eps``: relative to
-        ``v + eps`` the steps are then no larger than they are relative to ``v`` above
-        it. Outside it begins at 1/16 of ``eps**2``, because the root magnifies the
-        steps near 0. If `largest` is then too small for the squares of the gradients,
-        choose ``lowest_exponent`` with ``dataclasses.replace``, or two bytes.
+        With ``eps`` inside the root, the window begins at the power of two below
+        ``eps``: relative to ``v + eps`` the steps below the window are then no larger
+        than relative to ``v`` above. With ``eps`` outside, the window begins at 1/16 of
+        ``eps**2``, because the root magnifies the steps near 0. If `largest` is then
+        too small for the squares of the gradients, choose ``lowest_exponent`` with
+        ``dataclasses.replace``, or two bytes.
 
         Args:
           eps: positive.
@@ -199,15 +204,26 @@ class Minifloat:
         Returns:
           The codes, of the shape of ``x``, in `dtype`.
         """
+        # Layout, for UE6M2 and the value 1.1, that is 0x3F8CCCCD:
+        #
+        #     float32   s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
+        #     code         eeeeee  mm                        uint8
+        #
+        # The code counts steps of the upper bits from the pattern of 2^lowest_exponent,
+        # which is 0x28800000; the lower 21 bits are the fraction of a step.
         x = jnp.asarray(x, jnp.float32)
         if self.decay < 1:
-            x = x * jnp.exp2(self._sunk_octaves(step))
+            x = x * jnp.exp2(self._lowered_octaves(step))
         magnitude = jnp.abs(x) if self.signed else jnp.where(x < 0, 0, x)
+        # Gradual underflow: 0 gets the pattern of 2^lowest_exponent, and the code 0.
         if self._offset:
             magnitude = magnitude + self._offset
-        # As an integer, a NaN or a -0 with its sign bit would be huge.
+        # As an integer, a NaN or a -0 with its sign bit would be huge. The NaN of x86
+        # has it. 0x3F8CCCCD - 0x28800000 = 0x170CCCCD.
         steps = (_bitcast(magnitude, jnp.uint32) & 0x7FFFFFFF) - self._base
         steps = jnp.minimum(steps, self._top_code << self._shift)
+        # 0x170CCCCD is 184.4 steps of 2^21: the carry of random bits below 2^21 makes
+        # it 185, which is 1.25, with probability 0.4, and 184, which is 1, otherwise.
         fraction = jnp.asarray(bits, jnp.uint32) >> (32 - self._shift)
         code = (steps + fraction) >> self._shift
         if self.signed:
@@ -215,11 +231,13 @@ class Minifloat:
         return _bitcast(code.astype(self._code_dtype), self.dtype)
 
     def decode(self, code: ArrayLike, step: ArrayLike = 0) -> jax.Array:
-        """The float32 values that the codes stand for.
+        """The float32 values of the codes.
 
         If the format has no ``decay``, encoding them again gives the same codes,
         whatever the bits.
         """
+        # The way of `encode` back. For UE6M2 the code 185 is 0x17200000, the pattern
+        # 0x17200000 + 0x28800000 = 0x3FA00000 and the value 1.25.
         code = _bitcast(jnp.asarray(code, self.dtype), self._code_dtype)
         code = code.astype(jnp.uint32)
         steps = (code & ((1 << self._magnitude_bits) - 1)) << self._shift
@@ -230,12 +248,13 @@ class Minifloat:
             sign = (code >> self._magnitude_bits) << 31
             x = _bitcast(_bitcast(x, jnp.uint32) | sign, jnp.float32)
         if self.decay < 1:
-            x = x * jnp.exp2(-self._sunk_octaves(step))
+            x = x * jnp.exp2(-self._lowered_octaves(step))
         return x
 
-    def _sunk_octaves(self, step: ArrayLike) -> jax.Array:
-        """How far the levels have sunk, in octaves between 0 and 1."""
-        # In units of 2^-32 octaves, unsigned integers wrap where an octave is full.
+    def _lowered_octaves(self, step: ArrayLike) -> jax.Array:
+        """By how much the levels are lowered, in octaves between 0 and 1."""
+        # In units of 2^-32 octaves, unsigned integers wrap where an octave is full. For
+        # decay 0.5 the rate is 2^32, that is 0: each step is a whole octave.
         rate = np.uint32(round(-math.log2(self.decay) * 2**32) % 2**32)
         phase = jnp.asarray(step, jnp.uint32) * rate
         return phase.astype(jnp.float32) * np.float32(2**-32)
@@ -256,7 +275,10 @@ class Minifloat:
 
     @property
     def _lowest_normal(self) -> int:
-        """The lowest window whose steps are normal numbers: XLA may flush others."""
+        """The lowest window whose steps are normal numbers.
+
+        On CPUs, JAX makes subnormal numbers 0: https://github.com/jax-ml/jax/issues/16200
+        """
         return self.mantissa_bits - 126
 
     @property
@@ -270,6 +292,7 @@ class Minifloat:
 
     @property
     def _top_code(self) -> int:
+        # Codes end where they are used up, or below the infinity of float32.
         infinity = (0x7F800000 - self._base) >> self._shift
         return min(1 << self._magnitude_bits, infinity) - 1
 
@@ -280,5 +303,5 @@ SE5M2 = Minifloat(exponent_bits=5, mantissa_bits=2, lowest_exponent=-28, signed=
 SE8M7 = Minifloat(exponent_bits=8, mantissa_bits=7, lowest_exponent=-127, signed=True)
 
 
-def _bitcast(x, dtype):
+def _bitcast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, dtype)

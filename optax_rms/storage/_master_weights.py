@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wrapper for bfloat16 parameters: weights that train as if they were float32."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,106 +8,124 @@ import jax.numpy as jnp
 import optax
 
 from optax_rms import _checks as checks
+from optax_rms._alike import full_like, state_like
 from optax_rms._leaf_names import leaf_name
 from optax_rms._types import PyTree
-from optax_rms.storage._rounding import rounding_bits
+from optax_rms.storage._fingerprint import check_fingerprint, fingerprint, reject
+from optax_rms.storage._residuals import advance, join, split
+from optax_rms.storage._rounding import WEIGHT_STREAM
 
 _RESIDUAL_DTYPES = {8: jnp.int8, 16: jnp.int16}
-
-# Moments stored by an inner `compress_state` number their leaves from 0. Sharing their
-# rounding noise would correlate the rounding of a weight with that of its step.
-_STREAM = 1 << 30
-
-# Bit patterns of float32: 2^-14, the least normal float16, and 2^16, the first number
-# above all of them; and the difference of the exponent biases, 127 - 15, in place.
-_F16_NORMAL = 113 << 23
-_F16_TOP = 143 << 23
-_F16_REBIAS = 112 << 23
+_CONVERSION = "master_weights and split_weights"
 
 
 class MasterWeightsState(NamedTuple):
     """State of `split_master_weights`.
 
     Attributes:
-      rounding_step: number of updates so far, modulo 2^32, uint32 scalar, from which
-        the stochastic rounding draws; ``None`` with residuals of 16 bits.
-      residual: what rounding took from each weight, int8 or int16 of the weight's
-        shape, in 2^-8 or 2^-16 of the spacing of the weight's dtype;
+      rounding_step: number of updates so far, modulo 2^32, uint32 scalar. The random
+        bits of stochastic rounding are a function of it. ``None`` with residuals of 16
+        bits.
+      residual: master weight minus weight, int8 or int16 of the weight's shape, in
+        units of 2^-8 or 2^-16 of the spacing of the weight's dtype;
         ``optax.MaskedNode`` for a leaf that is not split.
       inner_state: state of the wrapped transformation, made for float32 weights.
+      formats: fingerprint of the number of bits and the dtypes of the weights, uint32
+        scalar. A serialiser stores it beside the residuals, so that residuals of other
+        weights are recognized. ``None`` in states of version 0.1, which had none.
+      rounding_seed: the number that `seed_rounding` set, uint32 scalar, or ``None``.
     """
 
     rounding_step: jax.Array | None
     residual: PyTree
     inner_state: Any
+    formats: jax.Array | None = None
+    rounding_seed: jax.Array | None = None
 
 
 def split_master_weights(
     inner: optax.GradientTransformation, residual_bits: int = 8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train bfloat16 weights as if they were float32: keep what rounding takes.
+    r"""Train bfloat16 weights as if they were float32: keep the rounding residual.
 
     A bfloat16 weight has 8 significant bits. A step shorter than 2^-9 of the weight
-    rounds away, and training stalls. Here the weights stay bfloat16 (or float16) for
-    the model, and the rounding residual of each lives in the optimizer state. With
-    weight :math:`\theta`, residual :math:`r` and gradient :math:`g`,
+    rounds away, and training stalls. Here the model has bfloat16 (or float16) weights,
+    and the optimizer state has the rounding residual of each weight. With weight
+    :math:`\theta`, residual :math:`r` and gradient :math:`g`,
 
     .. math::
       w_t &= (\theta_{t-1} + r_{t-1}) + \text{inner}(g_t, \; \theta_{t-1} + r_{t-1}) \\
       \theta_t &= \text{round}(w_t), \qquad r_t = w_t - \theta_t, \qquad r_0 = 0
 
-    in float32, rounding to the nearest (ties away from zero). The returned update is
-    the one with which ``optax.apply_updates`` arrives at :math:`\theta_t`, bit for bit.
-    ``inner`` sees gradients and weights in float32 and keeps a float32 state, so that
-    small steps and weight decay act on the master weights :math:`\theta + r`.
+    in float32, rounding to the nearest (ties away from zero).
+    ``optax.apply_updates(params, updates)`` arrives at :math:`\theta_t`, bit for bit.
+    ``inner`` receives gradients and weights in float32 and keeps a float32 state:
+    small steps and weight decay act on the master weights :math:`w = \theta + r`.
 
-    ========  =============  ===========================  ========================
-    weight    residual_bits  master weight                bytes, weight + residual
-    ========  =============  ===========================  ========================
-    bfloat16  16             float32                      4
-    bfloat16  8              16 significant bits          3
-    float16   16             float32, from 2^-17 to 2^16  4
-    float16   8              19 significant bits          3
-    ========  =============  ===========================  ========================
+    ========  =============  ===========================  =========  ===============
+    weight    residual_bits  master weight                bytes,     worst relative
+                                                          in all     error of a step
+    ========  =============  ===========================  =========  ===============
+    bfloat16  16             float32                      4          2^-24
+    bfloat16  8              16 significant bits          3          2^-15
+    float16   16             float32, from 2^-17 to 2^16  4          2^-24
+    float16   8              19 significant bits          3          2^-18
+    ========  =============  ===========================  =========  ===============
 
-    With 8 bits the master weight is rounded stochastically, to either neighbour with
-    the probability that makes it exact on average: steps of any length count, a zero
-    step changes nothing, and each step adds an error below 2^-15 (float16: 2^-18) of
-    the weight. A float16 weight below 2^-14 has the spacing of 2^-14; the master weight
-    is there a multiple of 2^-32, and with 16 bits below 2^-17 a multiple of 2^-40.
+    Bytes are those of weight and residual for each parameter. The error is relative to
+    the master weight; that of 16 bits is the rounding of float32 itself.
 
-    The update has the gradient's dtype. In the weight's own dtype there is no number
-    for some steps that flip the sign of a weight, halve or double it. Such a step, and
-    only such a step, is off by up to 2^-7 of its length (float16: 2^-10); its gradient
-    came rounded by up to 2^-8 (2^-11). Gradients cast to float32 give a float32 update
-    without this loss. With 16 bits and bfloat16, master weights are then those of a
-    float32 run, bit for bit, unless a step cancels a weight but for 2^-14 of it, where
-    an error of 2^-24 of the step can arise. ``optax.apply_updates`` adds float32 to
-    bfloat16 only under JAX's standard dtype promotion.
+    * Residuals of 8 bits: each master weight is rounded stochastically, to one of its
+      two neighbours with the probability that makes the mean exact. Steps of any length
+      count on average, and a step of 0 changes nothing.
+    * float16 below 2^-14 has the spacing of 2^-14. Master weights there are multiples
+      of 2^-32, and with 16 bits below 2^-17 multiples of 2^-40.
+    * Updates have the dtype of the gradients. In the weight's own dtype, some steps
+      that flip the sign of a weight, halve it or double it have no exact number. Only
+      these steps are off, by up to 2^-7 of their length (float16: 2^-10). The gradient
+      itself came rounded by up to 2^-8 (2^-11).
+    * Gradients cast to float32 give a float32 update without this loss, for example
+      ``tx.update(optax.tree.cast(gradients, jnp.float32), state, params)``. With 16
+      bits and bfloat16 the master weights are then those of a float32 run, bit for bit,
+      unless a step cancels all but 2^-14 of a weight, where the error is up to 2^-24 of
+      the step. ``optax.apply_updates`` adds float32 to bfloat16 only under JAX's
+      standard dtype promotion.
+    * Leaves of float32, float64 and complex dtype are passed to ``inner`` unchanged.
+      Leaves of an integer or boolean dtype have no state: ``inner`` receives ``None``
+      in place of them and of their gradients.
+    * A master weight beyond the largest number of the weight's dtype, for float16 from
+      65520, becomes infinite.
+    * Derivatives do not pass through the update of a split weight.
+    * The members of a ``jax.vmap`` share their random bits, until `seed_rounding` gives
+      each member its own.
+    * ``inner`` must return updates like its gradients. Put ``optax.lookahead``, whose
+      updates are pairs, outside, for example
+      ``optax.lookahead(split_master_weights(...), 5, 0.5)``.
+    * A step that is compiled for the CPU with donated buffers makes temporary copies of
+      weights and residuals, because XLA computes the two in separate loops. For an H100
+      each array is one kernel.
 
-    Leaves of float32, float64 and complex dtype go to ``inner`` unchanged. A master
-    weight beyond the largest number of the weight's dtype, for float16 from 65520, is
-    infinite. Derivatives do not pass through the update of a split weight. ``inner``
-    must return updates like its gradients: let ``optax.lookahead`` wrap. Compiled for
-    the CPU, a step with donated buffers makes temporary copies of weights and
-    residuals, because XLA computes the two in separate loops; for an H100 it is one
-    kernel per array.
+    See `master_weights` for the float32 weights, and `split_weights` for the
+    continuation of a float32 run.
 
     Args:
       inner: any transformation. It should be the whole optimizer, with learning rate,
-        weight decay and `compress_state`: whatever changes the updates afterwards also
-        changes where the weights arrive.
-      residual_bits: bits that are kept of each residual, 8 or 16.
+        weight decay and `compress_state`, because a change of the updates after this
+        transformation also changes the resulting weights.
+      residual_bits: number of bits of each residual, 8 or 16.
 
     Returns:
       A gradient transformation with state `MasterWeightsState`. Its ``update`` needs
-      ``params``, and hands further keyword arguments to ``inner``.
+      ``params``, and passes further keyword arguments to ``inner``.
 
     Raises:
       ValueError: ``residual_bits`` is neither 8 nor 16; in ``update``, ``params`` is
-        missing, or a leaf is not what ``init`` saw.
-      TypeError: in ``init``, a leaf is an integer or a float of fewer than 16 bits; in
-        ``update``, the state is of another transformation.
+        missing, or a leaf has another shape or dtype than in ``init``, or the residuals
+        were stored for other dtypes or bits. In a compiled ``update`` that last case
+        makes all split weights NaN.
+      TypeError: in ``init``, a leaf is a float of fewer than 16 bits, or no array; in
+        ``update``, the state is of another transformation, or a gradient is of an
+        integer.
 
     Example:
       A thousand steps of 2^-10 are lost on a bfloat16 weight of 1, one by one:
@@ -146,31 +163,37 @@ def split_master_weights(
     inner = optax.with_extra_args_support(inner)
 
     def init(params) -> Any:
-        _check_parameters(params)
+        floats = _check_parameters(params)
         residual = jax.tree.map(
             lambda p: (
-                jnp.zeros_like(p, residual_dtype) if _is_half(p) else optax.MaskedNode()
+                full_like(p, 0, residual_dtype)
+                if _is_split_dtype(p)
+                else optax.MaskedNode()
             ),
             params,
         )
+        inner_state = inner.init(jax.tree.map(_first_master_weight, floats))
         return MasterWeightsState(
             rounding_step=jnp.zeros([], jnp.uint32) if residual_bits == 8 else None,
             residual=residual,
-            inner_state=inner.init(_join_tree(residual, params)),
+            inner_state=state_like(floats, inner_state),
+            formats=fingerprint(_description(residual, params)),
         )
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
-                "split_master_weights needs the parameters, whose residuals it keeps: "
-                "call update(gradients, state, params)."
+                "split_master_weights needs params, got None: call "
+                "update(gradients, state, params)."
             )
         checks.check_state_class("split_master_weights", state, MasterWeightsState)
+        checks.check_inexact_leaves("gradients", updates)
+        _check_leaves(state.residual, params, updates)
+        intact = _check_residuals(state, params, residual_bits)
         residuals, treedef = jax.tree.flatten(state.residual, is_leaf=_is_absent)
         weights = treedef.flatten_up_to(params)
         gradients = treedef.flatten_up_to(updates)
-        _check_leaves(state.residual, params, updates)
-        # Updates in the weights' dtype would be rounded before they could add up.
+        # Updates in the dtype of the weights would be rounded before they are added.
         wide = [
             g if _is_absent(r) or _is_absent(g) else jnp.asarray(g, jnp.float32)
             for r, g in zip(residuals, gradients, strict=True)
@@ -178,7 +201,7 @@ def split_master_weights(
         changes, inner_state = inner.update(
             treedef.unflatten(wide),
             state.inner_state,
-            _join_tree(state.residual, params),
+            checks.check_parameters(_join_tree(state.residual, params)),
             **extra_args,
         )
         changes = treedef.flatten_up_to(changes)
@@ -186,9 +209,16 @@ def split_master_weights(
         for i, (w, r, g) in enumerate(zip(weights, residuals, gradients, strict=True)):
             if _is_absent(r) or _is_absent(g):
                 continue
-            in_own_dtype = jnp.result_type(g) == w.dtype
-            changes[i], residuals[i] = _advance(w, r, changes[i], step, i, in_own_dtype)
-        state = MasterWeightsState(
+            changes[i], residuals[i] = advance(
+                w,
+                r,
+                reject(changes[i], unless=intact),
+                step,
+                WEIGHT_STREAM + i,
+                in_own_dtype=jnp.result_type(g) == w.dtype,
+                seed=state.rounding_seed,
+            )
+        state = state._replace(
             rounding_step=None if step is None else step + 1,
             residual=treedef.unflatten(residuals),
             inner_state=inner_state,
@@ -201,18 +231,19 @@ def split_master_weights(
 def master_weights(params: PyTree, state: Any) -> PyTree:
     """The float32 weights that bfloat16 parameters and their residuals encode.
 
-    For evaluation in float32, for export, and to go on without `split_master_weights`.
+    The purpose is evaluation in float32, export, and training without
+    `split_master_weights` from here on.
 
     Args:
       params: the parameters.
-      state: the optimizer state that belongs to them, `MasterWeightsState` or any state
-        that contains one or more of them.
+      state: the optimizer state of these parameters, a `MasterWeightsState` or any
+        state that contains one or more `MasterWeightsState`.
 
     Returns:
       A tree like ``params``, with float32 in place of every leaf that is split.
 
     Raises:
-      ValueError: ``state`` has no `MasterWeightsState`, or one of other parameters.
+      ValueError: ``state`` has no `MasterWeightsState`, or that of other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -233,14 +264,85 @@ def master_weights(params: PyTree, state: Any) -> PyTree:
     for s in states:
         residual = _in_nodes_of(params, s.residual)
         _check_leaves(residual, params)
-        params = _join_tree(residual, params)
+        intact = _check_residuals(s._replace(residual=residual), params)
+        params = _join_tree(residual, params, intact)
     return params
+
+
+def split_weights(weights: PyTree, params: PyTree, state: Any) -> tuple[PyTree, Any]:
+    """The bfloat16 parameters and the residuals that encode given float32 weights.
+
+    The inverse of `master_weights`. The purpose is to continue a float32 run, or to
+    start from a float32 checkpoint, with `split_master_weights` and without losing the
+    16 bits that a cast to bfloat16 loses.
+
+    Args:
+      weights: a tree like ``master_weights(params, state)``, with float32 in place of
+        every leaf that is split.
+      params: the parameters whose dtypes the result gets, for example ``weights`` cast
+        to bfloat16.
+      state: the optimizer state for ``params``, for example ``tx.init(params)``. The
+        inner state is not touched. To continue a float32 run with its optimizer state,
+        use ``state._replace(inner_state=float32_state)``.
+
+    Returns:
+      Parameters like ``params``, and a state like ``state``. ``master_weights`` of the
+      two is ``weights``, bit for bit with bfloat16 and residuals of 16 bits, and to the
+      nearest otherwise (see `split_master_weights`). A finite weight that rounds beyond
+      the largest number of the parameter's dtype becomes infinite.
+
+    Raises:
+      ValueError: ``state`` has no `MasterWeightsState`, or that of other parameters, or
+        a leaf of ``weights`` has another shape or dtype than in
+        ``master_weights(params, state)``.
+
+    Example:
+      A float32 run goes on with weights of two bytes and residuals of two bytes:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import optax_rms
+      >>> weights, inner = jnp.array([0.1, 1 / 3]), optax.sgd(0.1, momentum=0.9)
+      >>> _, float32_state = inner.update(weights, inner.init(weights))
+      >>> tx = optax_rms.split_master_weights(inner, residual_bits=16)
+      >>> params = weights.astype(jnp.bfloat16)
+      >>> params, state = optax_rms.split_weights(weights, params, tx.init(params))
+      >>> state = state._replace(inner_state=float32_state)
+      >>> bool((params == weights).any())
+      False
+      >>> bool((optax_rms.master_weights(params, state) == weights).all())
+      True
+
+      The way back needs no further function:
+
+      >>> weights = optax_rms.master_weights(params, state)
+      >>> updates, float32_state = inner.update(weights, state.inner_state, weights)
+    """
+    _check_weights(weights, jax.eval_shape(master_weights, params, state))
+    new_params = weights
+
+    def fill(node: Any) -> Any:
+        nonlocal new_params
+        if not _is_state(node):
+            return node
+        residuals, treedef = jax.tree.flatten(node.residual, is_leaf=_is_absent)
+        leaves = treedef.flatten_up_to(new_params)
+        dtypes = [getattr(p, "dtype", None) for p in treedef.flatten_up_to(params)]
+        for i, (r, dtype) in enumerate(zip(residuals, dtypes, strict=True)):
+            if not _is_absent(r):
+                leaves[i], residuals[i] = split(leaves[i], dtype, r.dtype)
+        new_params = treedef.unflatten(leaves)
+        return node._replace(residual=treedef.unflatten(residuals))
+
+    state = jax.tree.map(fill, state, is_leaf=_is_state)
+    return new_params, state
 
 
 def _in_nodes_of(params: PyTree, residual: PyTree) -> PyTree:
     """The residuals in a tree like ``params``, if all leaves have the same paths.
 
-    ``flax.nnx.Optimizer`` keeps its state in variables of a class of its own.
+    ``flax.nnx.Optimizer`` keeps its state in variables of another class than
+    parameters.
     """
     rows, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
     own_rows = jax.tree_util.tree_leaves_with_path(residual, is_leaf=_is_absent)
@@ -249,120 +351,113 @@ def _in_nodes_of(params: PyTree, residual: PyTree) -> PyTree:
     return treedef.unflatten(leaf for _, leaf in own_rows)
 
 
-def _join_tree(residual: PyTree, params: PyTree) -> PyTree:
+def _join_tree(
+    residual: PyTree, params: PyTree, intact: bool | jax.Array = True
+) -> PyTree:
     """``params`` with the float32 master weight in place of every split leaf."""
     return jax.tree.map(
-        lambda r, p: p if _is_absent(r) else _join(p, r),
+        lambda r, p: p if _is_absent(r) else reject(join(p, r), unless=intact),
         residual,
         params,
         is_leaf=_is_absent,
     )
 
 
-@jax.jit
-def _join(weight, residual):
-    """The master weight that a weight and its residual encode."""
-    shift = 16 - jnp.iinfo(residual.dtype).bits
-    bits = jax.lax.bitcast_convert_type(weight, jnp.int16).astype(jnp.int32)
-    ordinal = ((bits & 0x7FFF) << 16) + (residual.astype(jnp.int32) << shift)
-    # A weight of 0 may stand for a master weight of the other sign.
-    negative = (bits < 0) ^ (ordinal < 0)
-    magnitude = _from_ordinal(jnp.abs(ordinal), weight.dtype)
-    return jnp.where(negative, -magnitude, magnitude)
+def _first_master_weight(leaf: Any) -> Any:
+    """The float32 of a leaf that is split, also of a ``jax.ShapeDtypeStruct``."""
+    if not _is_split_dtype(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(dtype=jnp.float32)
+    return join(leaf, jnp.zeros_like(leaf, jnp.int16))
 
 
-@functools.partial(jax.jit, static_argnames="in_own_dtype")
-def _advance(weight, residual, change, step, leaf, in_own_dtype):
-    """Add ``change`` to the master weight; return the update and the new residual."""
-    bits = jnp.iinfo(residual.dtype).bits
-    dtype = weight.dtype
-    master = _join(weight, residual) + change.astype(jnp.float32)
-    ordinal = _to_ordinal(jnp.abs(master), dtype)
-    if bits == 8:
-        noise = rounding_bits(weight.shape, step, leaf + _STREAM) >> 24
-        ordinal = (ordinal + noise.astype(jnp.int32)) & ~0xFF
-    new = jnp.copysign(_nearest(ordinal, dtype), master)
-    old = _join(weight, jnp.zeros_like(residual))
-    update = new - old
-    if in_own_dtype:
-        rounded = _nearest(_to_ordinal(jnp.abs(update), dtype), dtype)
-        update = jnp.copysign(rounded, update)
-    update = jnp.where(jnp.isfinite(master), update, master)
-    # The sum of `optax.apply_updates`. It is ``new`` if ``new - old`` is a number of
-    # the update's dtype: always, within a factor of 2 (Sterbenz, 1974). Elsewhere the
-    # sum stands, and the residual makes up for what it can. Summing in float32 or in
-    # ``dtype`` is the same, since float32 has more than twice the significant bits.
-    landed = (old + update).astype(dtype)
-    landed_bits = jax.lax.bitcast_convert_type(landed, jnp.int16).astype(jnp.int32)
-    same_sign = (landed_bits < 0) == jnp.signbit(master)
-    rest = jnp.where(same_sign, ordinal, -ordinal) - ((landed_bits & 0x7FFF) << 16)
-    rest = jnp.clip(rest, -0x8000, 0x7FFF)
-    rest = jnp.where(jnp.isfinite(landed), rest, 0)
-    residual = (rest >> (16 - bits)).astype(residual.dtype)
-    return update.astype(dtype) if in_own_dtype else update, residual
+def _description(
+    residual: PyTree, params: PyTree, residual_bits: int | None = None
+) -> str:
+    """What the numbers in the residuals mean, for their fingerprint."""
+    residuals, treedef = jax.tree.flatten(residual, is_leaf=_is_absent)
+    split = [
+        (jnp.iinfo(r.dtype).bits, str(w.dtype))
+        for r, w in zip(residuals, treedef.flatten_up_to(params), strict=True)
+        if not _is_absent(r)
+    ]
+    if not split:
+        return "no residuals"
+    bits = residual_bits or split[0][0]
+    return f"{bits} bits of {' and '.join(sorted({dtype for _, dtype in split}))}"
 
 
-def _nearest(ordinal, dtype):
-    """The number of ``dtype`` that is nearest to an ordinal, as a float32.
-
-    Rounding an integer: XLA may drop a float32 -> bfloat16 -> float32 round trip, and
-    the residual with it, and `jax.lax.reduce_precision` flushes subnormal float16.
-    """
-    return _from_ordinal((ordinal + 0x8000) >> 16 << 16, dtype)
-
-
-def _to_ordinal(magnitude, dtype):
-    """The bits that ``magnitude`` has in ``dtype`` with 16 more mantissa bits."""
-    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-    if dtype == jnp.bfloat16:
-        return bits
-    normal = (jnp.minimum(bits, _F16_TOP) - _F16_REBIAS) << 3
-    subnormal = jax.lax.round(
-        magnitude * 2.0**40, jax.lax.RoundingMethod.TO_NEAREST_EVEN
-    )
-    return jnp.where(bits < _F16_NORMAL, subnormal.astype(jnp.int32), normal)
-
-
-def _from_ordinal(ordinal, dtype):
-    """The inverse of `_to_ordinal`, infinity and NaN included."""
-    if dtype == jnp.bfloat16:
-        return jax.lax.bitcast_convert_type(ordinal, jnp.float32)
-    special = ordinal >= (_F16_TOP - _F16_REBIAS) << 3
-    rebias = jnp.where(special, 2 * _F16_REBIAS, _F16_REBIAS)
-    normal = jax.lax.bitcast_convert_type((ordinal >> 3) + rebias, jnp.float32)
-    return jnp.where(ordinal < 1 << 26, ordinal.astype(jnp.float32) * 2.0**-40, normal)
-
-
-def _is_half(leaf) -> bool:
+def _is_split_dtype(leaf: Any) -> bool:
     return getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)
 
 
-def _is_absent(leaf) -> bool:
+def _is_absent(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def _is_state(node) -> bool:
+def _is_state(node: Any) -> bool:
     return isinstance(node, MasterWeightsState)
 
 
-def _check_parameters(params):
-    """Raise a ``TypeError`` naming every leaf that cannot be trained."""
-    checks.check_inexact_leaves("parameters", params)
+def _check_parameters(params: PyTree) -> PyTree:
+    """Return ``params`` with ``None`` for integers, or raise naming bad leaves."""
+    floats = checks.check_parameters(params)
     narrow = [
         f"{leaf_name(path)} ({jnp.result_type(p)})"
-        for path, p in jax.tree_util.tree_leaves_with_path(params)
+        for path, p in jax.tree_util.tree_leaves_with_path(floats)
         if jnp.finfo(jnp.result_type(p)).bits < 16
     ]
     if narrow:
         raise TypeError(
-            "split_master_weights keeps residuals of bfloat16 and float16, and leaves "
-            f"wider parameters alone; these are narrower: {', '.join(narrow)}. Cast "
-            "them, or leave them out with optax.masked."
+            "split_master_weights splits parameters of bfloat16 and float16, and "
+            "leaves wider parameters alone; these are narrower: "
+            f"{', '.join(narrow)}. Cast them, for example to bfloat16, or leave them "
+            "out with optax.masked."
+        )
+    return floats
+
+
+def _check_residuals(
+    state: MasterWeightsState, params: PyTree, residual_bits: int | None = None
+) -> bool | jax.Array:
+    """Whether residuals belong to weights of these dtypes and bits, if known."""
+    if state.formats is None:
+        return True
+    formats = _description(state.residual, params, residual_bits)
+    return check_fingerprint(
+        "split_master_weights", state.formats, formats, _CONVERSION
+    )
+
+
+def _check_weights(weights: PyTree, expected: PyTree) -> None:
+    """Raise a ``ValueError`` naming every leaf of another shape or dtype."""
+    structure, expected_structure = map(jax.tree.structure, (weights, expected))
+    if structure != expected_structure:
+        raise ValueError(
+            "weights must have the structure of master_weights(params, state), which "
+            f"is {expected_structure}; got {structure}."
+        )
+    bad = [
+        f"{leaf_name(path)} is {_describe(w)}, not {_describe(like)}"
+        for (path, w), like in zip(
+            jax.tree_util.tree_leaves_with_path(weights),
+            jax.tree.leaves(expected),
+            strict=True,
+        )
+        if _describe(w) != _describe(like)
+    ]
+    if bad:
+        raise ValueError(
+            "weights must have the shapes and dtypes of master_weights(params, state), "
+            f"float32 for every leaf that is split; {'; '.join(bad)}."
         )
 
 
-def _check_leaves(residual, params, updates=None):
-    """Raise a ``ValueError`` naming every leaf that is not what ``init`` saw.
+def _check_leaves(
+    residual: PyTree, params: PyTree, updates: PyTree | None = None
+) -> None:
+    """Raise a ``ValueError`` naming every leaf that differs from the residuals.
 
     Without ``updates``, half-precision leaves may belong to another state.
     """
@@ -375,10 +470,10 @@ def _check_leaves(residual, params, updates=None):
     bad = []
     for (path, r), w, g in zip(rows, weights, gradients, strict=True):
         if _is_absent(r):
-            wrong = updates is not None and _is_half(w)
+            wrong = updates is not None and _is_split_dtype(w)
         else:
             shapes = {jnp.shape(x) for x in (r, w, g) if not _is_absent(x)}
-            wrong = not _is_half(w) or len(shapes) > 1
+            wrong = not _is_split_dtype(w) or len(shapes) > 1
         if wrong:
             bad.append(
                 f"{leaf_name(path)}: parameter {_describe(w)}, "
@@ -386,11 +481,12 @@ def _check_leaves(residual, params, updates=None):
             )
     if bad:
         raise ValueError(
-            "Parameters and gradients must have the shapes, and parameters the dtypes, "
-            "that init of split_master_weights saw: a bfloat16 or float16 leaf has a "
-            f"residual of its shape, others have none. These differ: {'; '.join(bad)}."
+            "parameters must have the shapes and dtypes, and gradients the shapes, of "
+            "the parameters given to init of split_master_weights: a bfloat16 or "
+            "float16 leaf has a residual of its shape, other leaves have none. These "
+            f"differ: {'; '.join(bad)}."
         )
 
 
-def _describe(leaf):
+def _describe(leaf: Any) -> str:
     return "none" if _is_absent(leaf) else f"{jnp.result_type(leaf)}{jnp.shape(leaf)}"

@@ -6,19 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+# Number of the first weight that `split_master_weights` rounds. The moments that an
+# inner `compress_state` rounds at the same step are numbered from 0: with random bits
+# in common, a weight would be rounded up whenever its moment is.
+WEIGHT_STREAM = 1 << 30
+
 
 def rounding_bits(
-    shape: tuple[int, ...], step: ArrayLike, leaf: ArrayLike
+    shape: tuple[int, ...],
+    step: ArrayLike,
+    leaf: ArrayLike,
+    seed: ArrayLike | None = None,
 ) -> jax.Array:
     """Random bits for every element of an array: a hash of element, step and leaf.
 
-    The same three numbers give the same bits on any device and under any sharding, so
-    there is no key to carry along and a resumed run repeats the one it continues.
+    The same numbers give the same bits on any device and under any sharding. So
+    there is no key to store, and a resumed run has the bits of an uninterrupted run.
 
     Args:
       shape: shape of the array; its elements count in row-major order.
       step: an integer that must never repeat for the same leaf, modulo 2^32.
       leaf: an integer for each array that is rounded at the same step.
+      seed: an integer for each run that is to have bits of its own, or ``None``.
 
     Returns:
       A uint32 array of that shape.
@@ -31,8 +40,15 @@ def rounding_bits(
       >>> print((bits == rounding_bits((1000, 1000), step=2, leaf=0)).sum())
       0
     """
+    # The hash of step and array is the start of the sequence of this array.
     step, leaf = jnp.asarray(step, jnp.uint32), jnp.asarray(leaf, jnp.uint32)
     first = _mix(_mix(step + _GOLDEN) + leaf)
+    if seed is not None:
+        # Added to a hash of the step: added to the step itself, the seed would make the
+        # bits of one run those of another run at another time.
+        first = _mix(first + _mix(jnp.asarray(seed, jnp.uint32) + _GOLDEN))
+    # The element number i, in row-major order, adds i * golden: a Weyl sequence. Each
+    # axis adds its part, so that a shard needs its own index only.
     x = jnp.full(shape, first)
     stride = 1
     for axis in reversed(range(len(shape))):
@@ -40,7 +56,7 @@ def rounding_bits(
         x += index * np.uint32(stride * int(_GOLDEN) % 2**32)
         stride *= shape[axis]
     x ^= x >> 15
-    # Without a second word the bits of two steps would be the same but for a shift.
+    # Without a second word of the hash, the bits of two steps would be shifted copies.
     x = (x ^ _mix(first + _GOLDEN)) * np.uint32(0x85EBCA77)
     return x ^ (x >> 15)
 
@@ -49,7 +65,7 @@ def rounding_bits(
 _GOLDEN = np.uint32(0x9E3779B1)
 
 
-def _mix(x):
+def _mix(x: jax.Array) -> jax.Array:
     """The finalizer of MurmurHash3: each bit of the result depends on all of ``x``."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

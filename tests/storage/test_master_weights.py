@@ -22,13 +22,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 from optax_rms import rmsprop
-from optax_rms.storage import _master_weights
+from optax_rms.storage import _master_weights, _residuals
 from optax_rms.storage._compress_state import compress_state
 from optax_rms.storage._formats import UE6M2
 from optax_rms.storage._master_weights import (
     MasterWeightsState,
     master_weights,
     split_master_weights,
+    split_weights,
 )
 from optax_rms.storage._rounding import rounding_bits
 
@@ -301,10 +302,8 @@ def test_steps_far_below_the_last_bit_count_on_average(dtype, monkeypatch):
     assert np.std(fractions) < 1.1 * deviation
 
     # To the nearest instead, which needs the function that is not compiled yet.
-    monkeypatch.setattr(
-        _master_weights, "_advance", _master_weights._advance.__wrapped__
-    )
-    monkeypatch.setattr(_master_weights, "rounding_bits", lambda *_: jnp.uint32(2**31))
+    monkeypatch.setattr(_master_weights, "advance", _master_weights.advance.__wrapped__)
+    monkeypatch.setattr(_residuals, "rounding_bits", lambda *_: jnp.uint32(2**31))
     np.testing.assert_array_equal(master_weights(*moved(tx)), float64(start))
 
 
@@ -341,6 +340,94 @@ def test_rounding_noise_is_not_shared():
     both = np.mean(moved[:, None] & moved, axis=2)[np.triu_indices(len(moved), 1)]
     deviation = math.sqrt(1 / 16 * 15 / 16 / 4096)
     np.testing.assert_allclose(both, 1 / 16, rtol=0, atol=5 * deviation)
+
+
+@half
+@bits
+def test_given_weights_are_split_and_come_back(dtype, residual_bits):
+    """Every exponent and both signs; bit for bit where the docstring says so."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 2**32, 100_000, dtype=np.uint32)
+    special = [0.0, -0.0, np.inf, -np.inf, 65504, -65504, 1 - 2.0**-24, 2.0**-149]
+    halfway = [1 + 2.0**-8, 1 + 2.0**-9, -1 - 2.0**-11, 1 + 2.0**-16, 3.3895e38]
+    wide = np.concatenate([patterns.view(np.float32), np.float32(special + halfway)])
+    wide = {"w": jnp.asarray(wide), "b": jnp.ones(3), "n": jnp.arange(3)}
+    params = {**wide, "w": wide["w"].astype(dtype)}
+    tx = split_master_weights(optax.identity(), residual_bits)
+    params, state = split_weights(wide, params, tx.init(params))
+    assert params["w"].dtype == dtype
+    assert_same_bits({"b": params["b"], "n": params["n"]}, {k: wide[k] for k in "bn"})
+    x, back = np.asarray(wide["w"]), np.asarray(master_weights(params, state)["w"])
+    nearest = float64(params["w"])
+    np.testing.assert_array_equal(np.isnan(back), np.isnan(x))
+    np.testing.assert_array_equal(np.isinf(back), beyond(x, dtype))
+    finite = np.isfinite(back)
+    x, back, nearest = x[finite], back[finite], nearest[finite]
+    np.testing.assert_array_equal(np.signbit(back), np.signbit(x))
+    # Rounding to multiples of 2^-8 or 2^-16 of the spacing, or of float32's own.
+    if residual_bits == 16 and dtype == HALVES[0]:
+        assert x.tobytes() == back.tobytes()
+    else:
+        unit = spacing(x.astype(np.float64), dtype) * 2.0**-residual_bits
+        # A float16 below 2^-14 is rounded to a multiple of 2^-40 first.
+        assert np.all(np.abs(float64(back) - x) <= unit / 2 + 2.0**-41)
+        exact = np.abs(x) >= 2.0**-17
+        if residual_bits == 16:
+            np.testing.assert_array_equal(back[exact], x[exact])
+        else:
+            assert np.any(back[exact] != x[exact])
+    # And the parameter is the nearest number, half a residual's unit aside.
+    distance = np.abs(float64(back) - nearest)
+    assert np.all(distance <= spacing(float64(back), dtype) / 2)
+
+
+def test_a_float32_run_goes_on_with_split_weights_bit_for_bit():
+    rng = np.random.default_rng(0)
+    gradients = jnp.asarray(rng.normal(size=(10, 200)), jnp.float32)
+    inner = rmsprop(0.01, momentum=0.9)
+    weights = jnp.asarray(rng.normal(size=200), jnp.float32)
+    float32_state = inner.init(weights)
+    for g in gradients[:5]:
+        weights, float32_state = step(inner, weights, float32_state, g)
+    tx = split_master_weights(inner, 16)
+    params = weights.astype(jnp.bfloat16)
+    params, state = split_weights(weights, params, tx.init(params))
+    state = state._replace(inner_state=float32_state)
+    for g in gradients[5:]:
+        weights, float32_state = step(inner, weights, float32_state, g)
+        params, state = step(tx, params, state, g)
+    assert_same_bits(master_weights(params, state), weights)
+    # And back.
+    assert_same_bits(state.inner_state, float32_state)
+
+
+def test_weights_are_split_in_every_part_of_a_state():
+    weights = {k: jnp.full(3, 1 + 2.0**-20) for k in "abc"}
+    params = {k: w.astype(jnp.bfloat16) for k, w in weights.items()}
+    parts = {
+        "eight": split_master_weights(optax.sgd(0.1), 8),
+        "sixteen": split_master_weights(optax.sgd(0.1), 16),
+        "plain": optax.sgd(0.1),
+    }
+    tx = optax.partition(parts, {"a": "eight", "b": "sixteen", "c": "plain"})
+    state = tx.init(params)
+    weights["c"] = params["c"]
+    new_params, state = split_weights(weights, params, state)
+    masters = master_weights(new_params, state)
+    np.testing.assert_array_equal(masters["a"], np.ones(3))
+    np.testing.assert_array_equal(masters["b"], weights["b"])
+    assert masters["c"].dtype == jnp.bfloat16
+    bad = {"a": jnp.ones(2), "b": params["b"], "c": jnp.ones(3)}
+    message = (
+        r"\['a'\] is float32\(2,\), not float32\(3,\); \['b'\] is bfloat16.*, not "
+        r"float32\(3,\); \['c'\] is float32"
+    )
+    with pytest.raises(ValueError, match=message):
+        split_weights(bad, params, state)
+    with pytest.raises(ValueError, match="structure of master_weights"):
+        split_weights({"a": bad["a"]}, params, state)
+    with pytest.raises(ValueError, match="found none in a EmptyState"):
+        split_weights(weights, params, optax.EmptyState())
 
 
 def test_split_weights_learn_where_bfloat16_stalls():
@@ -671,11 +758,11 @@ def test_checkpoints_resume_with_the_same_bits(residual_bits, tmp_path):
 def test_each_shape_and_dtype_is_traced_once(monkeypatch):
     traced = []
 
-    def bits_of_zero(shape, step, leaf):
+    def bits_of_zero(shape, *numbers):
         traced.append(shape)
         return jnp.zeros(shape, jnp.uint32)
 
-    monkeypatch.setattr(_master_weights, "rounding_bits", bits_of_zero)
+    monkeypatch.setattr(_residuals, "rounding_bits", bits_of_zero)
     # Shapes of no other test, since compiled code is kept.
     params = [jnp.ones((n, 5, 3), jnp.bfloat16) for n in (1, 2, 2, 1, 2)]
     for _ in range(2):  # Transformations built alike share the compiled code.
@@ -691,8 +778,11 @@ def test_bad_input_is_named():
     state = tx.init(params)
     with pytest.raises(ValueError, match="residual_bits must be 8 or 16, got 4"):
         split_master_weights(optax.sgd(0.1), residual_bits=4)
+    integers = {"w": jnp.ones(3, jnp.int32), "z": jnp.ones(3, bool)}
     with pytest.raises(TypeError, match=r"\['w'\] \(int32\), \['z'\] \(bool\)"):
-        tx.init({"w": jnp.ones(3, jnp.int32), "z": jnp.ones(3, bool)})
+        tx.update(integers, tx.init(integers), integers)
+    with pytest.raises(TypeError, match=r"arrays or numbers.*\['w'\] \(str\)"):
+        tx.init({"w": "weights"})
     with pytest.raises(TypeError, match=r"narrower: \['w'\] \(float8_e4m3fn\)"):
         tx.init({"w": jnp.ones(3, jnp.float8_e4m3fn)})
     with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
