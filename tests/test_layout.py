@@ -63,7 +63,8 @@ LAYERS = [
     ["_leafwise"],
     ["_schedules"],
     ["_checks"],
-    ["_alike", "_leaf_names", "_numerics", "_types"],
+    ["_alike"],
+    ["_leaf_names", "_numerics", "_types"],
 ]
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def fingerprint(formats: str) -> jax.Array:
@@ -63,7 +64,7 @@ def _crc32(formats: str) -> np.uint32:
 
 
 def _has_value(array: Any) -> bool:
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return False
     return not isinstance(array, jax.Array) or (
         array.is_fully_addressable or array.is_fully_replicated

@@ -62,7 +62,8 @@ def advance(
       weight: bfloat16 or float16.
       residual: int8 or int16, of the shape of ``weight``.
       change: the step of the master weight, of the shape of ``weight``.
-      step: number of the update, for the random bits of residuals of 8 bits.
+      step: number of the update, for the random bits of residuals of 8 bits; ``None``
+        with 16 bits, which are not rounded at random.
       leaf: number of the array, for the random bits.
       in_own_dtype: whether the update gets the dtype of the weight, or float32.
       seed: number of the run, for the random bits, or ``None``.
@@ -72,7 +73,7 @@ def advance(
     master = join(weight, residual) + change.astype(jnp.float32)
     # The new master weight 1 - 3 * 2^-24 has the ordinal 0x3F7FFFFD.
     ordinal = _to_ordinal(jnp.abs(master), dtype)
-    if residual_bits == 8:
+    if step is not None:
         # Stochastic rounding to a multiple of 0x100: here up, to 0x3F800000, with
         # probability 0xFD / 0x100, and down to 0x3F7FFF00 otherwise.
         noise = rounding_bits(weight.shape, step, leaf, seed) >> 24
