@@ -24,10 +24,14 @@ def code_blocks():
             yield pytest.param(match[1], id=f"{page.name}:{line}")
 
 
+PRINTED = re.compile(r"^print\(.*\)\n# (.*)$", re.MULTILINE)
+
+
 @pytest.mark.parametrize("code", list(code_blocks()))
-def test_code_runs(code):
+def test_code_runs_and_prints_its_comments(code, capsys):
     with jax.numpy_dtype_promotion("standard"):  # as it is for a reader
         exec(compile(code, "<page>", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == PRINTED.findall(code)
 
 
 def test_readme_names_the_commands_that_newcomers_run():
@@ -40,6 +44,21 @@ def test_readme_names_the_commands_that_newcomers_run():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mathematics_within_a_line_ends_in_this_line(page):
+    """Markdown takes a second line that begins with + or - for a list."""
+    text = re.sub(
+        r"^```.*?^```|`[^`\n]*`|\$\$.*?\$\$", "", page.read_text(), flags=re.M | re.S
+    )
+    for line in text.splitlines():
+        assert line.count("$") % 2 == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_table_is_empty(page):
+    assert "not measured" not in page.read_text()
 
 
 def test_tables_are_those_of_the_result_files():
