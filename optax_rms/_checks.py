@@ -27,7 +27,7 @@ def check_number(
     exclude_high: bool = False,
     hint: str = "",
 ) -> Number:
-    """Return ``value`` as a Python float or a scalar array, or say what is wrong.
+    """Return ``value`` as a Python float or a scalar array, or raise an error.
 
     Python and NumPy numbers must be finite and lie between ``low`` and ``high``. JAX
     arrays are checked for their shape and dtype only: under ``jax.vmap`` and
@@ -85,7 +85,7 @@ def is_zero(number: Number) -> bool:
 def check_steps(name: str, value: Any, low: int = 1, *, optional: bool = False) -> Any:
     """Return a number of steps that decides the structure of the program, or ``None``.
 
-    Only if it is ``optional`` may it be ``None``.
+    ``None`` is allowed only if ``optional``.
     """
     if optional and value is None:
         return None
@@ -117,7 +117,7 @@ def check_flag(name: str, value: object) -> bool:
 def reject_options(**options: tuple[Any, Any, str]) -> None:
     """Raise a ``ValueError`` for an option that is not at its default.
 
-    Each is a tuple of the value, the default, and what to do instead.
+    Each option is a tuple of the value, the default, and a hint at the alternative.
     """
     for name, (value, default, hint) in options.items():
         if value is not default:

@@ -127,7 +127,7 @@ def _init(step: Step, params: PyTree) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(leaf_functions, g, numbers, leaves):
-    """Run all steps on one leaf; every array leaves in the dtype in which it came."""
+    """Run all steps on one leaf; every array is returned in the dtype of its input."""
     wide = any(jnp.finfo(x.dtype).bits == 64 for x in [g, *jax.tree.leaves(leaves)])
     real, cplx = (jnp.float64, jnp.complex128) if wide else (jnp.float32, jnp.complex64)
 

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 
 
 def zero_at_zero(function):
-    """``function``, but 0 with derivative 0 at 0, where it is singular."""
+    """``function`` with value 0 and derivative 0 at 0, where ``function`` is singular.
+
+    For example, the derivative of ``jnp.sqrt`` at 0 is infinite.
+    """
 
     def guarded(x):
         zero = x == 0
-        # The inner one keeps the infinite derivative out of reverse mode's 0 * inf.
+        # The inner selection keeps the infinite derivative out of reverse mode, which
+        # would multiply it by 0 and get NaN.
         y = function(jax.lax.select(zero, jnp.ones_like(x), x))
         return jax.lax.select(zero, jnp.zeros_like(x), y)
 

@@ -82,13 +82,14 @@ def rmsprop(
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp: divide the gradient by a running average of its recent magnitude.
 
-    Each parameter gets steps of about the size of the learning rate, whatever the scale
-    of its gradient. A drop-in for ``optax.rmsprop``: the same arguments, trajectory and
-    state, except that ``centered=True`` keeps the variance itself and cannot turn to
-    NaN, and that averages and momentum of half-precision parameters are float32.
+    Each parameter moves by about the learning rate per step, whatever the scale of the
+    gradient. A drop-in for ``optax.rmsprop``: the same arguments, the same state, and
+    the same trajectory to the rounding of float32. Two things differ: ``centered=True``
+    keeps the variance itself and never produces NaN, and averages and momentum of
+    half-precision parameters are float32.
 
-    With the preconditioned gradient :math:`u_t` of `scale_by_rms` (where ``eps`` and
-    ``initial_scale`` stand in its equations), the parameters change by
+    With the preconditioned gradient :math:`u_t` of `scale_by_rms`, whose equations
+    contain ``decay``, ``eps`` and ``initial_scale``, the parameters change by
     :math:`\theta_t - \theta_{t-1} =`
 
     .. math::
@@ -99,49 +100,62 @@ def rmsprop(
       -\text{learning_rate}_t \, b_t, \quad b_t = \text{momentum} \, b_{t-1} + u_t
         \quad &\text{without lr_in_momentum (PyTorch)}
 
-    from :math:`b_0 = 0`. The last two part ways when the learning rate changes. With
+    from :math:`b_0 = 0`. The last two differ as soon as the learning rate changes. With
     ``nesterov``, :math:`b_t` is replaced, in the change only, by
     :math:`\text{momentum} \, b_t` plus the term that was added to form :math:`b_t`.
 
-    Everything between gradient and update is computed in float32, or float64 for
-    float64 leaves; the update has the gradient's dtype. Per element the state holds 4
-    bytes, 8 with momentum or centered, 12 with both.
+    The arithmetic between gradient and update is float32, or float64 for float64
+    leaves; the update has the dtype of the gradient. The state holds 4 bytes per
+    element, 8 with momentum or ``centered``, 12 with both.
+
+    Leaves of an integer or boolean dtype, for example those of
+    ``eqx.filter(model, eqx.is_array)``, have no state, and their update is ``None``.
 
     Args:
-      learning_rate: a number of at least 0, a scalar array, or a schedule from the
-        step count, starting at 0, to one.
+      learning_rate: a number of at least 0, a scalar array, or a schedule: a function
+        from the step count, starting at 0, to a number. A run that may get a schedule
+        later can begin with ``optax.constant_schedule(1e-3)``, whose state has the
+        step count; `adapt_state` converts other states.
       decay: weight of the past in the moving average, in [0, 1].
-      eps: added to the mean square, or to its root; at least 0.
-      initial_scale: what the mean square (the variance, if centered) starts from.
-      eps_in_sqrt: whether ``eps`` sits inside the root.
-      centered: whether to divide by the standard deviation of the gradient, its root
-        mean square about its own moving average.
+      eps: added to the mean square, or to the root of the mean square; at least 0.
+        Inside the root, 1e-8 shortens the steps of gradients below 1e-4, for example
+        to 0.01 learning rates for gradients of 1e-6; outside, only the steps of
+        gradients below 1e-8.
+      initial_scale: start of the mean square (of the variance, if ``centered``).
+      eps_in_sqrt: whether ``eps`` is added inside the root.
+      centered: whether to divide by the standard deviation of the gradient, the root
+        mean square about the moving average of the gradient. Where the gradient hardly
+        changes, the deviation falls to 0 and the step grows up to
+        ``learning_rate * g / sqrt(eps)``: the papers with ``centered`` take an ``eps``
+        of 1e-4 to 1e-2. ``optax.chain(scale_by_rms(centered=True), optax.clip(10.0),
+        optax.scale(-1e-3))`` bounds a step to ten learning rates.
       momentum: weight of the past in the momentum, in [0, 1]; ``None`` for none.
       nesterov: whether to look ahead by one momentum step.
       bias_correction: whether to divide the averages by the sum of their weights. With
-        ``centered``, the first step is then as long as ``eps`` lets it be.
+        ``centered``, the first step is then ``g / sqrt(eps)`` learning rates long.
       lr_in_momentum: whether the learning rate is applied before the momentum buffer,
-        which then has the unit of the parameters, or after it.
+        which then has the unit of the parameters, or after the buffer.
       accumulator_dtype: dtype of averages and momentum; ``None`` is at least float32.
-        Under ``optax.inject_hyperparams``, which takes what is callable for a schedule,
-        write ``"float32"`` instead of ``jnp.float32``.
+        Under ``optax.inject_hyperparams``, write ``"float32"``, because every callable
+        such as ``jnp.float32`` is a schedule there.
 
     Returns:
-      A gradient transformation. Its state is the tuple that ``optax.chain`` has for
-      the same steps: that of `scale_by_rms`, then ``optax.EmptyState`` or
+      A gradient transformation. The state is the tuple that ``optax.chain`` has for
+      the same steps: the state of `scale_by_rms`, then ``optax.EmptyState`` or
       ``ScaleByScheduleState`` for the learning rate and ``TraceState`` or
       ``EmptyState`` for the momentum, these two swapped if not ``lr_in_momentum``.
 
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape
         than its parameter.
-      TypeError: an argument is no number or flag, or is a weight of the past in half
-        precision; in ``init`` and ``update``, a leaf is neither floating-point nor
-        complex.
+      TypeError: an argument is no number or flag, is a float16, or is a ``decay`` or
+        ``momentum`` in half precision; in ``init``, a leaf is no array; in ``update``,
+        a gradient is neither floating-point nor complex, or the state is that of other
+        options.
 
     Example:
-      Gradients of 1 and of 1e6, and a learning rate of 0.1, with the past forgotten at
-      once so that every step is 0.1 long:
+      Gradients of 1 and of 1e6 with a learning rate of 0.1. A decay of 0 forgets the
+      past at once, so that every step is 0.1 long:
 
       >>> import jax.numpy as jnp
       >>> import optax
@@ -156,7 +170,7 @@ def rmsprop(
       >>> print(params.round(5))
       [0.7 0.7]
 
-      Where the learning rate is applied shows as soon as it changes:
+      The place of the learning rate shows as soon as the rate changes:
 
       >>> halved = optax.piecewise_constant_schedule(1.0, {1: 0.5})
       >>> for lr_in_momentum in (True, False):

@@ -64,16 +64,18 @@ def _mean_square(g, c: _Coefficients, nu):
 def _variance(g, c: _Coefficients, mu, variance):
     """The moving variance as a sum of squares, which rounding cannot make negative.
 
-    ``E[g^2] - E[g]^2`` would be the difference of two nearly equal numbers. This is the
-    same number in exact arithmetic (West, 1979, in terms of the new mean).
+    In exact arithmetic the result is ``E[g^2] - E[g]^2``, which in float32 is the
+    difference of two nearly equal numbers (West, 1979, in terms of the new mean).
     """
     gain, retained = c.complement, c.decay
     if c.total is not None:
         gain, retained = gain / c.total, retained * c.previous_total / c.total
     mu = mu + gain.astype(g.dtype) * (g - mu)
-    # The distance from the old mean would do as well, with decay in place of
-    # 1 / retained, but to keep the old mean XLA on the CPU would copy it.
-    # Of the old mean less than a rounding error may be left, and then g - mu is one.
+    # The distance from the new mean, g - mu, is `retained` times the distance from the
+    # old one. The formula with the old mean has no division, but XLA on the CPU would
+    # copy the old mean to keep it beside the new one.
+    # At a decay near 0, `retained` is less than a rounding error of mu, and g - mu is a
+    # rounding error alone: the spread is 0 then.
     negligible = retained < jnp.finfo(retained.dtype).eps
     spread = jnp.where(negligible, 0, c.complement / jnp.where(negligible, 1, retained))
     variance = c.decay * variance + spread * _abs_square(g - mu)
@@ -120,7 +122,7 @@ def _sum_of_weights(decay: Number, steps: Any) -> jax.Array:
         log_decay = jnp.log(decay.astype(dtype))
     else:
         log_decay = math.log(decay) if decay else -math.inf
-    # Not of 0 steps, which times the logarithm of a decay of 0 are NaN.
+    # At least 1 step: 0 steps times the logarithm of a decay of 0, -inf, would be NaN.
     total = -jnp.expm1(jnp.maximum(steps, 1).astype(dtype) * log_decay)
     return jnp.where(steps == 0, 0, total)
 
@@ -178,10 +180,10 @@ def scale_by_rms(
 ) -> optax.GradientTransformation:
     r"""Divide by the root of the moving mean square, or of the moving variance.
 
-    RMSProp without its learning rate: a preconditioner that gives every parameter steps
-    of about the same size, however large or small its gradients are. A drop-in for
-    ``optax.scale_by_rms`` and, centered, for ``optax.scale_by_stddev``; see `rmsprop`
-    for the whole optimizer.
+    RMSProp without a learning rate: a preconditioner that gives every parameter steps
+    of about the same size, for gradients of every scale. A drop-in for
+    ``optax.scale_by_rms`` and, with ``centered``, for ``optax.scale_by_stddev``; see
+    `rmsprop` for the whole optimizer.
 
     With gradient :math:`g_t` and :math:`\nu_0 =` ``initial_scale``,
 
@@ -196,45 +198,49 @@ def scale_by_rms(
       d_t &= g_t - \mu_{t-1}, \qquad \mu_t = \mu_{t-1} + (1 - \text{decay}) \, d_t \\
       s_t &= \text{decay} \, (s_{t-1} + (1 - \text{decay}) \, |d_t|^2)
 
-    which equals :math:`\nu_t - |\mu_t|^2` but is a sum of squares, so that rounding
-    cannot turn it negative and the root to NaN. With ``bias_correction``, :math:`\nu_t`
-    and the mean are divided by the sum of their weights, :math:`1 - \text{decay}^t`.
+    The variance equals :math:`\nu_t - |\mu_t|^2` in exact arithmetic. As a sum of
+    squares, it cannot become negative by rounding, and the root cannot become NaN. With
+    ``bias_correction``, :math:`\nu_t` and the mean are divided by the sum of their
+    weights, :math:`1 - \text{decay}^t`.
 
     The arithmetic is in float32, or float64 for float64 leaves; the update has the
-    gradient's dtype. Where the denominator is exactly 0, because ``eps`` is 0 and the
-    square of every gradient so far was 0, the update and its derivative are 0.
+    dtype of the gradient. Where the denominator is exactly 0, because ``eps`` is 0 and
+    the square of every gradient so far was 0, the update and the derivative of the
+    update are 0.
 
-    With ``centered`` and ``bias_correction``, the variance after the first step is 0,
-    as that of a single gradient is: the first update is the gradient over the root of
-    ``eps`` (over ``eps``, if not ``eps_in_sqrt``). Take an ``eps`` to match, or an
-    ``initial_scale``.
+    The update with ``centered`` is at most :math:`|g_t| / \sqrt{\text{eps}}`, and comes
+    close to that where the gradient hardly changes. With ``bias_correction`` as well,
+    the first update has this length, because a single gradient has no variance. Choose
+    ``eps`` accordingly, for example 1e-4 to 1e-2, or an ``initial_scale``.
 
     Args:
       decay: weight of the past in the moving averages; a number or scalar array in
-        [0, 1], or [0, 1) with ``bias_correction``. At 0, and with an ``eps`` of 0, the
-        update is the sign of g, wherever float32 has a number for its square.
-      eps: added to the mean square, or outside the root to the root; at least 0. It has
-        the unit of ``|g|^2`` inside the root and of ``|g|`` outside.
-      initial_scale: what :math:`\nu` (:math:`s`, if centered) starts from; at least 0.
+        [0, 1], or [0, 1) with ``bias_correction``. A decay of 0 with an ``eps`` of 0
+        gives the sign of g, for example 1.0 for a gradient of 1e-3, wherever float32
+        has a number for the square of g.
+      eps: added to the mean square inside the root, in the unit of ``|g|^2``, or to the
+        root, in the unit of ``|g|``; at least 0.
+      initial_scale: start of :math:`\nu` (of :math:`s`, if ``centered``); at least 0.
         TensorFlow 1 starts from 1.
-      eps_in_sqrt: whether ``eps`` sits inside the root, as in TensorFlow, or outside,
-        as in PyTorch.
+      eps_in_sqrt: whether ``eps`` is added inside the root, as in TensorFlow, or
+        outside, as in PyTorch.
       bias_correction: whether to divide the averages by the sum of their weights.
       centered: whether to divide by the standard deviation instead.
       accumulator_dtype: dtype of the stored averages, a real floating dtype; ``None``
         is float32, or float64 for float64 leaves. Means of complex leaves are complex.
 
     Returns:
-      A gradient transformation. Its state is ``optax.ScaleByRmsState`` (field ``nu``),
-      with bias correction the class that Optax has for it (``count``, ``nu``), or,
-      centered, `ScaleByStddevState` (``count``, ``mu``, ``variance``).
+      A gradient transformation. The state is ``optax.ScaleByRmsState`` (field ``nu``),
+      with ``bias_correction`` Optax's class for that case (``count``, ``nu``), or, with
+      ``centered``, `ScaleByStddevState` (``count``, ``mu``, ``variance``). A leaf of an
+      integer or boolean dtype has ``None`` in these fields.
 
     Raises:
       ValueError: a number is out of range; in ``update``, a gradient has another shape
         than its parameter.
-      TypeError: an argument is no number or flag, or is a weight of the past in half
-        precision; in ``init`` and ``update``, a leaf is neither floating-point nor
-        complex.
+      TypeError: an argument is no number or flag, is a float16, or is a ``decay`` in
+        half precision; in ``init``, a leaf is no array; in ``update``, a gradient is
+        neither floating-point nor complex, or the state is that of other options.
 
     Example:
       A gradient of 1e-3 and one of 1e3 move their parameters alike, by
@@ -248,8 +254,8 @@ def scale_by_rms(
       >>> print(updates)
       [2. 2.]
 
-      A constant gradient has no variance, and dividing by sqrt(eps) alone is what is
-      left to do. E[g^2] - E[g]^2 in float32 comes out negative for many of these:
+      Constant gradients have no variance. In float32 the difference
+      E[g^2] - E[g]^2 is negative for many of them, and the sum of squares never:
 
       >>> import jax
       >>> import optax

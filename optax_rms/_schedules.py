@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where a learning rate is a number, an array or a schedule."""
+"""Learning rates: a number, an array or a schedule."""
 
 from typing import Any
 
