@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSProp as Optax has it, and states handed over from and to it.
+"""RMSProp of Optax, and import and export of states from and to Optax.
 
-Without ``centered``, and with parameters of at least float32, there is nothing to hand
-over: ``optax.rmsprop`` has the same state as ``optax_rms.rmsprop``.
+Without ``centered``, and with parameters of at least float32, no conversion is needed:
+``optax.rmsprop`` has the same state as ``optax_rms.rmsprop``.
 """
 
 import math
@@ -29,15 +29,17 @@ _StddevWithCount: Any = type(
     jax.eval_shape(optax.scale_by_stddev(bias_correction=True).init, ())
 )
 
+__all__ = ["export_state", "import_state", "rmsprop"]
+
 
 def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     r"""Turn a state of ``optax.rmsprop`` into one of ``optax_rms.rmsprop``.
 
-    The state may be part of a larger one, such as that of ``optax.chain``,
-    ``optax.MultiSteps`` or ``optax.inject_hyperparams``: the states of
-    ``optax.scale_by_rms`` and ``optax.scale_by_stddev`` in it are converted, and the
-    rest is left alone. Centered, Optax keeps the mean square :math:`\nu` where this
-    library keeps the variance, which cannot turn negative by rounding:
+    States of ``optax.scale_by_rms`` and ``optax.scale_by_stddev`` are converted,
+    wherever they are in ``opt_state``, for example in the state of ``optax.chain``,
+    ``optax.MultiSteps`` or ``optax.inject_hyperparams``. All other states stay as they
+    are. Centered, Optax keeps the mean square :math:`\nu` where this library keeps the
+    variance, which rounding cannot make negative:
 
     .. math::
       \mu = \mu_{\text{Optax}} / w, \qquad
@@ -47,17 +49,16 @@ def import_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     in half precision become float32; the momentum keeps its dtype.
 
     Args:
-      opt_state: what ``init`` or ``update`` of an Optax optimizer returned.
-      decay: the decay of the optimizer, in [0, 1); needed, and used, only if it is
-        centered and has bias correction.
+      opt_state: the state that ``init`` or ``update`` of an Optax optimizer returned.
+      decay: the decay of the optimizer, in [0, 1), for example 0.9; needed, and used,
+        only with both ``centered`` and ``bias_correction``.
 
     Returns:
       The state for the same optimizer with ``optax_rms`` in place of ``optax``.
 
     Raises:
-      ValueError: there is no RMSProp in the state, or anything is missing, of another
-        shape than it must be, not finite, or negative; everything found is in the
-        message.
+      ValueError: there is no RMSProp in the state, or an array is missing, of a wrong
+        shape, not finite, or negative; everything found is in the message.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,13 +90,13 @@ def export_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
     """The inverse of `import_state`: a state for Optax.
 
     Args:
-      opt_state: what ``init`` or ``update`` of ``optax_rms.rmsprop`` returned, or a
-        larger state that contains it.
+      opt_state: the state that ``init`` or ``update`` of ``optax_rms.rmsprop``
+        returned, or a larger state with such a state in it.
       decay: as for `import_state`.
 
     Returns:
-      The state for the same optimizer with ``optax`` in place of ``optax_rms``, in the
-      dtypes that it had.
+      The state for the same optimizer with ``optax`` in place of ``optax_rms``. The
+      dtypes stay the same.
 
     Raises:
       ValueError: as for `import_state`.
@@ -131,7 +132,7 @@ def _is_rmsprop(state: Any) -> bool:
 
 
 def _convert(opt_state: PyTree, convert: Callable[[Any], Any]) -> PyTree:
-    """Convert each state of centered RMSProp that is somewhere in a state."""
+    """Convert each state of centered RMSProp within a state."""
 
     def visit(state):
         if isinstance(state, (_Rms, _RmsWithCount)):
@@ -142,9 +143,9 @@ def _convert(opt_state: PyTree, convert: Callable[[Any], Any]) -> PyTree:
 
 
 def _check(opt_state: PyTree, decay: Any, verb: str, centered: tuple[Any, ...]) -> None:
-    """Raise one ``ValueError`` for all that is wrong with a state.
+    """Raise one ``ValueError`` with everything wrong in a state.
 
-    ``centered`` are the classes that centered RMSProp may have in it.
+    ``centered`` are the classes that the states of centered RMSProp may have.
     """
     problems = Problems(f"the state cannot be {verb}")
     states = jax.tree.leaves_with_path(opt_state, is_leaf=_is_rmsprop)
@@ -160,7 +161,7 @@ def _check(opt_state: PyTree, decay: Any, verb: str, centered: tuple[Any, ...]) 
     problems.raise_any()
 
 
-def _check_state(problems, where, state, decay) -> None:
+def _check_state(problems: Problems, where: str, state: Any, decay: Any) -> None:
     fields = state._asdict()
     count = fields.pop("count", None)
     if count is not None:
@@ -194,7 +195,7 @@ def _check_state(problems, where, state, decay) -> None:
 
 
 def _weight(count: Any, decay: Any) -> float:
-    """The sum of the weights in an average; 1 of one without bias correction."""
+    """The sum of the weights in an average; 1 without bias correction."""
     if count is None or int(count) == 0 or decay == 0:
         return 1.0
     return -math.expm1(int(count) * math.log(decay))

@@ -12,7 +12,8 @@ def exact_inverse(
     """Return an array that ``function`` maps to ``value`` bit for bit, if it has one.
 
     The original of a value that ``function`` has rounded lies within half a step of the
-    inverse in exact arithmetic. So it is the rounded inverse or a neighbour of it.
+    inverse in exact arithmetic. So the original is the rounded inverse or one of the
+    two numbers next to it, for example 1.0000001 or 0.99999994 beside 1.0 in float32.
 
     Args:
       function: an elementwise function, of one argument.

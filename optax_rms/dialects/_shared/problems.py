@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complaints, collected to be raised together."""
+"""Problems, collected to be raised together."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class Problems:
-    """Collects complaints, to raise them all in one ``ValueError``."""
+    """A list of problems, to be raised in one ``ValueError``."""
 
     def __init__(self, summary: str):
-        """``summary`` opens the message: "the state dict cannot be imported"."""
+        """``summary`` opens the message, for example "the state cannot be imported"."""
         self._summary = summary
         self._lines: list[str] = []
 
@@ -17,7 +17,7 @@ class Problems:
         self._lines.append(line)
 
     def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the function returns, or ``None`` if it complains."""
+        """Return the result of the function, or add its error and return ``None``."""
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError) as error:

@@ -23,8 +23,9 @@ def read_array(
       nonnegative: whether the slot holds squares.
 
     Raises:
-      ValueError: it is no array, has another shape or dtype, is neither floating-point
-        nor complex, or holds numbers that are not finite or not allowed to be negative.
+      ValueError: the slot is no array, has another shape or dtype, is neither
+        floating-point nor complex, or holds numbers that are not finite, or, with
+        ``nonnegative``, negative.
     """
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         raise ValueError(f"{name} must be an array, got {_brief(value)}")

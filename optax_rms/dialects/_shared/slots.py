@@ -8,7 +8,7 @@ A framework is described by a mapping from its names of the slots to the fields 
 * Centered, frameworks keep the mean square, and this library the ``variance``, which is
   the mean square less the squared mean.
 * Where the learning rate is inside the momentum, frameworks subtract the momentum from
-  the parameters, and Optax and this library add it, so that its sign is opposite.
+  the parameters. Optax and this library add the momentum, with the opposite sign.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def to_fields(
 
     Args:
       slots: arrays by the framework's names. A slot without a field in ``names``, for
-        example a sum of gradients, keeps its name and its numbers.
+        example a sum of gradients, keeps name and numbers.
       names: the field of each slot.
       negate_momentum: whether the framework subtracts its momentum.
     """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Centered RMSProp here, with a variance, and elsewhere, with a mean square."""
+"""The variance of centered RMSProp here, and the mean square of other frameworks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ def is_less_than_square(
 
 
 def variance(mean_square: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """The variance that belongs to a mean square and a mean: 0 where it is negative.
+    """The mean square less the squared mean, or 0 where the difference is negative.
 
-    Rounding leaves some frameworks a mean square that is less than the squared mean.
-    The real and imaginary parts of complex arrays are apart.
+    Rounding makes the mean square of some frameworks smaller than the squared mean.
+    Real and imaginary parts of complex arrays are treated as arrays of their own.
     """
     if np.iscomplexobj(mean_square):
         return _by_parts(variance, mean_square, mean)
@@ -53,7 +54,7 @@ def mean_square(
     return exact_inverse(lambda squares: variance(squares, mean), nearest, variance_)
 
 
-def _by_parts(function, *arrays):
+def _by_parts(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
     result: Any = np.empty_like(arrays[0])
     result.real = function(*(x.real for x in arrays))
     result.imag = function(*(x.imag for x in arrays))

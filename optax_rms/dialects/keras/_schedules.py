@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keras' learning-rate schedules, from their configuration, as functions of the step.
 
-A schedule object of Keras computes with the backend that Keras runs on, which cannot be
-traced by JAX unless it is JAX, and a saved file holds the configuration only.
+A schedule object of Keras computes with the backend of Keras, which JAX cannot trace
+unless the backend is JAX; and a file holds only the configuration.
 """
 
 import math
@@ -147,7 +147,7 @@ _SCHEDULES = {
 
 
 def from_object(schedule: Any) -> Callable[[Any], Any]:
-    """Return a schedule that JAX can trace; one that is not Keras' own, as it is."""
+    """Return a schedule that JAX can trace; a schedule of a user's class, as it is."""
     cls = type(schedule)
     if cls.__module__.partition(".")[0] == "keras" and cls.__name__ in _SCHEDULES:
         return from_config(

@@ -20,6 +20,7 @@ from helpers.keras_runs import (
     run_keras,
     run_keras_eagerly,
     split,
+    standard_promotion,
     stream_for,
 )
 
@@ -125,3 +126,43 @@ def test_hand_over_from_another_backend():
     )
     assert printed.returncode == 0, printed.stderr
     assert float(printed.stdout.splitlines()[-1]) <= BOUND
+
+
+def test_a_loss_scale_continues():
+    """Steps that Keras skips, as a gradient is infinite, are not counted."""
+    stream = stream_for(50, {})
+    params, gradients = split(np.zeros(stream.shape[1], "f")), split(stream)
+    inner = keras.optimizers.RMSprop(HANDED_OVER["schedule"]["learning_rate"])
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    variables = [keras.Variable(x, name=name) for name, x in params.items()]
+    optimizer.build(variables)
+    apply = standard_promotion(jax.jit(optimizer.stateless_apply))
+    everything = (variables, optimizer.variables)
+    values = tuple([v.value for v in vs] for vs in everything)
+    trajectory = []
+    for t in range(50):
+        scale = 8.0 if t < 10 else 4.0
+        if t == 10:
+            skipped = [jnp.full(v.shape, jnp.inf) for v in variables]
+            values = apply(values[1], skipped, values[0])
+        if t == 25:
+            for vs, own in zip(everything, values, strict=True):
+                for v, value in zip(vs, own, strict=True):
+                    v.assign(value)
+            tx, state = dialect.import_state(optimizer, convert)
+            weights = convert({v.name: np.array(v) for v in variables})
+        scaled = [scale * gradients[v.name][t] for v in variables]
+        values = apply(values[1], scaled, values[0])
+        named = zip(variables, values[0], strict=True)
+        trajectory.append(join({v.name: np.array(x) for v, x in named}))
+    assert optimizer.dynamic_scale.numpy() == 4
+    assert state.count == 25
+    steps = [
+        convert({name: g[t] for name, g in gradients.items()}) for t in range(25, 50)
+    ]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+    ours, _, _ = run_dialect(tx, weights, stacked, state)
+    kernel = np.swapaxes(ours["layer"]["weight"], 1, 2)
+    actual = join({"bias": ours["shift"], "kernel": kernel})
+    expected, start = np.stack(trajectory[25:]), trajectory[24]
+    assert path_error(actual - start, expected - start) <= BOUND
