@@ -54,7 +54,7 @@ def mean_square(
     return exact_inverse(lambda squares: variance(squares, mean), nearest, variance_)
 
 
-def _by_parts(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+def _by_parts(function: Callable[..., np.ndarray], *arrays: Any) -> np.ndarray:
     result: Any = np.empty_like(arrays[0])
     result.real = function(*(x.real for x in arrays))
     result.imag = function(*(x.imag for x in arrays))
