@@ -47,6 +47,7 @@ LAYERS = [
     [
         "dialects._shared.inverse",
         "dialects._shared.keras_files",
+        "dialects._shared.plain_state",
         "dialects._shared.problems",
         "dialects._shared.reading",
     ],

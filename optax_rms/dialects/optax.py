@@ -20,6 +20,7 @@ from optax_rms._scale_by_rms import ScaleByStddevState
 from optax_rms._types import PyTree
 from optax_rms.dialects._shared import reading, variances
 from optax_rms.dialects._shared.inverse import exact_inverse
+from optax_rms.dialects._shared.plain_state import check_plain_state
 from optax_rms.dialects._shared.problems import Problems
 
 # Optax exports only the two classes without a count.
@@ -112,6 +113,7 @@ def export_state(opt_state: PyTree, decay: float | None = None) -> PyTree:
       >>> print(state[0].mu, state[0].nu)
       [1.] [2.]
     """
+    check_plain_state("optax.export_state", opt_state)
     _check(opt_state, decay, "exported", (ScaleByStddevState,))
 
     def convert(state):

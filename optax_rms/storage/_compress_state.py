@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
@@ -306,7 +306,7 @@ def _nodes(inner_state: PyTree, opaque: Collection[type]) -> list[tuple[Any, Any
     )
 
 
-def _attributes(path: KeyPath) -> list[str]:
+def _attributes(path: tuple[Any, ...]) -> list[str]:
     return [key.name for key in path if isinstance(key, GetAttrKey)]
 
 

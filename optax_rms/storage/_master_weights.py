@@ -368,7 +368,7 @@ def _first_master_weight(leaf: Any) -> Any:
     if not _is_split_dtype(leaf):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.update(dtype=jnp.float32)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
     return join(leaf, jnp.zeros_like(leaf, jnp.int16))
 
 

@@ -354,3 +354,33 @@ def test_other_files_of_version_0_1_are_refused_by_the_name_formats(save, tmp_pa
     restored = restore(dict(zip(names, parts, strict=True)))
     del restored["formats"]
     assert outcome(lambda like: fresh._replace(**restored), tx, state) == "as saved"
+
+
+def test_the_check_costs_nothing_in_a_compiled_step():
+    """A scalar comparison, and a choice within the loops that decode anyway."""
+    shape = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    tx = compress_state(optax.adam(0.1), nu=UE6M2, mu=SE5M2)
+    checked = jax.eval_shape(tx.init, shape)
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return optax.apply_updates(p, updates), state
+
+    def compiled(state):
+        with jax.numpy_dtype_promotion("standard"):
+            lowered = jax.jit(step, donate_argnums=(0, 1)).lower(shape, state, shape)
+        return lowered.compile()
+
+    new, old = map(compiled, (checked, compressed_as_in_version_0_1(checked)))
+    bytes_new, bytes_old = (c.cost_analysis()["bytes accessed"] for c in (new, old))
+    assert 0 < bytes_new <= bytes_old + 100
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (new, old)]
+    assert memory[0] <= memory[1] + 100
+    # As many loops over whole arrays.
+    loops = [
+        sum(
+            "512,512" in line and " fusion(" in line for line in c.as_text().split("\n")
+        )
+        for c in (new, old)
+    ]
+    assert loops[0] == loops[1] > 0

@@ -14,6 +14,7 @@ from optax_rms import _checks as checks
 from optax_rms._types import PyTree
 from optax_rms.dialects._shared import chain_state, reading, slots
 from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.plain_state import check_plain_state
 from optax_rms.dialects._shared.problems import Problems
 from optax_rms.dialects.keras import _saved as variables
 from optax_rms.dialects.keras._optimizers import LearningRate
@@ -191,6 +192,7 @@ def export_state(
         move elements; everything found is in the message.
       TypeError: the state belongs to another transformation.
     """
+    check_plain_state("keras.export_state", state)
     checks.check_state_class("keras.export_state", state, RMSpropState)
     # The learning rate stays as in like, so that any number serves to read it.
     saved = variables.read(like, names, config, learning_rate=0.0)

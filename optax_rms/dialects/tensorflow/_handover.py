@@ -14,6 +14,7 @@ from optax_rms._scale_by_rms import ScaleByStddevState
 from optax_rms._types import PyTree
 from optax_rms.dialects._shared import chain_state, reading, variances
 from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.plain_state import check_plain_state
 from optax_rms.dialects._shared.problems import Problems
 from optax_rms.dialects.tensorflow import _saved as checkpoint
 from optax_rms.dialects.tensorflow._optimizers import (
@@ -192,6 +193,7 @@ def export_state(
       dense/kernel/RMSProp (2, 3) 2.5
       dense/kernel/RMSProp_1 (2, 3) 0.1265
     """
+    check_plain_state("tensorflow.export_state", state)
     fields = _fields(state)
     problems = Problems("the state cannot be exported")
     found = checkpoint.find_optimizer(like, optimizer)

@@ -19,6 +19,7 @@ from optax_rms._schedules import as_schedule, check_learning_rate
 from optax_rms._types import LearningRate, PyTree
 from optax_rms.dialects._shared import chain_state, reading, slots
 from optax_rms.dialects._shared.converter import Converter
+from optax_rms.dialects._shared.plain_state import check_plain_state
 from optax_rms.dialects._shared.problems import Problems
 from optax_rms.dialects.torch import _optimizers as optimizers
 from optax_rms.dialects.torch import _saved as state_dicts
@@ -275,6 +276,7 @@ def export_state(
       >>> print(exported["param_groups"][0]["lr"], exported["state"][0]["step"])
       0.5 1.0
     """
+    check_plain_state("torch.export_state", state)
     saved = state_dicts.read(like, names, optimizer, strip_prefix)
     problems = Problems("the state cannot be exported")
     settings = _settings(
