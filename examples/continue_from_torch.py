@@ -4,10 +4,10 @@
     python examples/continue_from_torch.py
 
 The network of train_digits.py is trained with torch.optim.RMSprop, momentum and a
-decaying learning rate. After half of the epochs the weights and the optimizer's state
-move to JAX, where the same batches follow. The output folder receives losses.png: the
-loss of this run, of a run that stayed in PyTorch, and of a run that moved the weights
-only.
+decaying learning rate. After half of the epochs the weights, the optimizer's state and
+the scheduler move to JAX through a file, and the same batches follow. The output folder
+receives the file, checkpoint.pt, and losses.png: the loss of this run, of a run that
+stayed in PyTorch, and of a run that moved the weights only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from optax_rms import dialects
 try:
     import torch
 except ModuleNotFoundError:
-    sys.exit('continue_from_torch.py needs PyTorch: pip install -e ".[parity]"')
+    torch: Any = None
 
 apply_fn: Any = digits.Network().apply
 
@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if torch is None:
+        sys.exit(
+            "continue_from_torch.py needs PyTorch, for example the build for CPUs: "
+            "https://pytorch.org/get-started/locally/"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     training, validation = digits.prepare(*digits.load(), seed=args.seed)
     batches = list(make_batches(len(training.labels), args.epochs, args.seed))
@@ -61,14 +66,24 @@ def run(args: argparse.Namespace) -> None:
     first = train_in_torch(model, optimizer, decay, training, batches[:half])
 
     # The run moves: the function that converts the weights converts the state as well.
-    params = convert(model.state_dict())
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, len(batches))
+    path = args.output / "checkpoint.pt"
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": decay.state_dict(),
+        },
+        path,
+    )
+    checkpoint = torch.load(path, weights_only=True)
+    params = convert(checkpoint["model"])
     tx, state = dialects.torch.import_state(
-        optimizer.state_dict(), convert, learning_rate=schedule
+        checkpoint["optimizer"], convert, lr_scheduler=checkpoint["scheduler"]
     )
     continued, final_params = train_in_jax(tx, params, state, training, batches[half:])
 
     # Without the state, only the schedule continues.
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, len(batches))
     tx = dialects.torch.rmsprop(lambda step: schedule(step + half), momentum=MOMENTUM)
     restarted, _ = train_in_jax(tx, params, tx.init(params), training, batches[half:])
 

@@ -14,18 +14,30 @@ from helpers import frameworks
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_without_torch_it_says_how_to_install_it():
+def run_without_torch(*arguments):
     code = (
         "import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, '.'); "
+        f"sys.argv[1:] = {list(arguments)}; "
         "runpy.run_path('continue_from_torch.py', run_name='__main__')"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True
     )
+
+
+def test_without_torch_it_says_how_to_install_it(tmp_path):
+    done = run_without_torch("--output", str(tmp_path))
     assert done.returncode != 0
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert 'pip install -e ".[parity]"' in line
+    assert "needs PyTorch" in line
+    assert "https://pytorch.org/get-started" in line
+
+
+def test_help_needs_no_torch():
+    done = run_without_torch("--help")
+    assert done.returncode == 0
+    assert "--epochs" in done.stdout
 
 
 @pytest.mark.parity

@@ -290,11 +290,12 @@ def _read_names(
     templates = _read_templates(problems, names) if isinstance(names, Mapping) else {}
     given = None if names is None else list(names)
     saved = _saved_names(groups, keys)
-    if strip_prefix and saved is not None:
-        saved = _stripped(problems, saved, strip_prefix)
-    elif strip_prefix:
-        given = _stripped(problems, given or [], strip_prefix)
-        templates = dict(zip(given, templates.values(), strict=False))
+    if strip_prefix:
+        prefixes = [strip_prefix] if isinstance(strip_prefix, str) else strip_prefix
+        _check_prefixes(problems, saved or given or keys, prefixes)
+        saved = saved and _stripped(saved, prefixes)
+        given = given and _stripped(given, prefixes)
+        templates = {_stripped([k], prefixes)[0]: v for k, v in templates.items()}
     if saved is not None and isinstance(names, Mapping) and {*saved} == {*templates}:
         # The order of a mapping need not be that of the optimizer.
         given = saved
@@ -330,19 +331,24 @@ def _saved_names(groups: Groups, keys: list[Any]) -> list[str] | None:
     return list(keys) if is_named else None
 
 
-def _stripped(
-    problems: Problems, names: Sequence[str], prefixes: str | Sequence[str]
-) -> list[str]:
+def _stripped(names: Sequence[str], prefixes: Sequence[str]) -> list[str]:
     """The names without the prefixes, which are removed one after the other."""
     stripped = list(map(str, names))
-    for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
-        if names and not any(name.startswith(prefix) for name in stripped):
-            problems.add(
-                f"strip_prefix has {prefix!r}, with which none of the names "
-                f"{stripped} begins"
-            )
+    for prefix in prefixes:
         stripped = [name.removeprefix(prefix) for name in stripped]
     return stripped
+
+
+def _check_prefixes(
+    problems: Problems, names: Sequence[Any], prefixes: Sequence[str]
+) -> None:
+    for i, prefix in enumerate(prefixes):
+        rest = _stripped(names, prefixes[:i])
+        if not any(name.startswith(prefix) for name in rest):
+            problems.add(
+                f"strip_prefix has {prefix!r}, with which none of the names {rest} "
+                "begins"
+            )
 
 
 def _read_state(
