@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from optax_rms import rmsprop, scale_by_rms
-from optax_rms._checks import check_number
+from optax_rms._checks import check_number, is_zero
 
 
 def build(name, value, **options):
@@ -366,3 +366,10 @@ def test_a_list_is_no_state(own):
     tx = CONFIGURATIONS[own]
     with pytest.raises(TypeError, match=r"got a list, \(Scale.*adapt_state"):
         tx.update(jnp.ones(2), list(tx.init(jnp.ones(2))))
+
+
+def test_only_a_number_is_known_to_be_zero():
+    assert is_zero(check_number("momentum", 0))
+    assert is_zero(check_number("momentum", np.float32(0)))
+    assert not is_zero(check_number("momentum", 1e-9))
+    assert not is_zero(check_number("momentum", jnp.float32(0)))

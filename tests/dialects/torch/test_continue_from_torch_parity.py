@@ -27,17 +27,20 @@ ORDER = ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
 def write_lightning(model, optimizer, scheduler):
-    """As Lightning 2.5 lays a checkpoint out, with a module that has ``self.model``.
+    """As Lightning lays a checkpoint out, with a module that has ``self.model``.
 
-    https://github.com/Lightning-AI/pytorch-lightning/blob/2.5.0/src/lightning/pytorch/trainer/connectors/checkpoint_connector.py
-    (``dump_checkpoint``)
+    ``dump_checkpoint`` in src/lightning/pytorch/trainer/connectors of
+    https://github.com/Lightning-AI/pytorch-lightning/tree/030149055683ad7cda7d249c510edfb12deacc54
     """
     checkpoint = {
         "epoch": 1,
         "global_step": 10,
         "pytorch-lightning_version": "2.5.0",
         "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
-        "loops": {"fit_loop": {"state_dict": {}}},
+        "loops": {
+            f"{name}_loop": {"state_dict": {}}
+            for name in ("fit", "validate", "test", "predict")
+        },
         "callbacks": {},
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [scheduler.state_dict()],
@@ -46,10 +49,10 @@ def write_lightning(model, optimizer, scheduler):
 
 
 def write_transformers(model, optimizer, scheduler):
-    """As the Trainer of transformers 4.57 does: parameters with decay come first.
+    """As the Trainer of transformers does: parameters with decay come first.
 
-    https://github.com/huggingface/transformers/blob/v4.57.0/src/transformers/trainer.py
-    (``create_optimizer``, ``_save_optimizer_and_scheduler``)
+    ``create_optimizer`` and ``_save_optimizer_and_scheduler`` in
+    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py
     """
     named = dict(model.named_parameters())
     decayed = [name for name in named if not name.endswith("bias")]
@@ -68,10 +71,10 @@ def write_transformers(model, optimizer, scheduler):
 
 
 def write_stable_baselines3(model, optimizer, scheduler):
-    """As stable-baselines3 2.9 writes it, with its own class.
+    """As stable-baselines3 2.9.2 writes it, with its own class.
 
-    https://github.com/DLR-RM/stable-baselines3/blob/v2.9.0/stable_baselines3/common/save_util.py
-    (``save_to_zip_file``)
+    ``save_to_zip_file`` in stable_baselines3/common/save_util.py of
+    https://github.com/DLR-RM/stable-baselines3
     """
     own = stable_baselines3.RMSpropTFLike(model.parameters(), momentum=0.9)
     for p in model.parameters():

@@ -613,6 +613,15 @@ def test_damage_is_refused_and_named(name):
             use()
 
 
+def test_of_a_whole_checkpoint_the_part_is_named():
+    checkpoint = {"state_dict": {}, "optimizer_states": [make_state_dict()]}
+    with pytest.raises(ValueError, match=r"Is it in \['optimizer_states'\]\[0\]\?"):
+        dialect.import_state(checkpoint, convert, NAMES)
+    checkpoint = {"model": {}, "optimizer": make_state_dict()}
+    with pytest.raises(ValueError, match=r"Is it in \['optimizer'\]\?"):
+        dialect.import_state(checkpoint, convert, NAMES)
+
+
 def test_all_damage_is_in_one_message():
     """Of the settings, and, if those can be trusted, of the state."""
     group = make_state_dict({"momentum": 0.9, "centered": True})
