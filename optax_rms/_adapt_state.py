@@ -150,7 +150,7 @@ def _adapt_children(place: _Place, state: Any, like: Any) -> Any:
     """Convert each child of a node to its counterpart, by names or positions."""
     own, wanted = _named_like(state, like), _children(like)
     if isinstance(like, CompressState):
-        formats, expected = ([*_children(x.get("formats"))] for x in (own, wanted))
+        formats, expected = ([*_children(x.get("fields"))] for x in (own, wanted))
         if formats != expected:
             place.refuse(
                 f"has the formats {formats}, not {expected}; see recompress_state"
