@@ -12,6 +12,16 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import pytest
 
+MOST_PROCESSES = 4  # Each takes about 2 GB of memory, and collects all tests again.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite runs in parallel, tests that a command names in one process."""
+    if config.args_source != config.ArgsSource.TESTPATHS:
+        return 0
+    return min(MOST_PROCESSES, os.cpu_count() or 1)
+
 
 # Doctests, which are not below this folder, run as users do, without it.
 @pytest.fixture(scope="module", autouse=True)

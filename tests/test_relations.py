@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 from helpers.reference import gradient_stream, relative_error
-from helpers.trajectory import rounding_bound, trajectory_of, updates_of, x64
+from helpers.running import run
+from helpers.trajectory import rounding_bound, x64
 
 import optax_rms
 
@@ -26,13 +27,9 @@ def gradients(request):
         yield gradient_stream(STEPS, eps=1e-8).astype(request.param)
 
 
-def compiled(tx):
-    return tx._replace(update=jax.jit(tx.update))
-
-
 def path_error(tx, expected, gradients):
     """Distance of two paths along the same gradients, relative to their length."""
-    paths = [trajectory_of(compiled(each), gradients) for each in (tx, expected)]
+    paths = [run(each, gradients, how="jit").path for each in (tx, expected)]
     return relative_error(*paths)
 
 
@@ -64,13 +61,13 @@ def test_adam_is_averaged_gradient_over_denominator_of_rmsprop(gradients):
     assert gradients.shape[1] == 10
 
     rms = optax_rms.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
-    denominators = gradients / updates_of(compiled(rms), gradients)
+    denominators = gradients / run(rms, gradients, how="jit").updates
     ages = np.arange(1, STEPS + 1)[:, None]
-    traces = updates_of(compiled(optax.trace(b1)), gradients)
+    traces = run(optax.trace(b1), gradients, how="jit").updates
     averages = traces * (1 - b1) / (1 - b1**ages)
     expected = np.cumsum(-RATE * averages / denominators, axis=0, dtype=np.float64)
-    adam = compiled(optax.adam(RATE, b1, b2, eps))
-    error = relative_error(trajectory_of(adam, gradients), expected)
+    adam = optax.adam(RATE, b1, b2, eps)
+    error = relative_error(run(adam, gradients, how="jit").path, expected)
     assert error <= averaging_bound(gradients.dtype, b2)
 
 
@@ -92,15 +89,8 @@ def test_mean_square_of_rmsprop_times_t_is_accumulator_of_adagrad(gradients):
     )
     rss = optax.scale_by_rss(initial_accumulator_value=0.0)
 
-    def accumulators(tx, field):
-        def step(state, g):
-            state = tx.update(g, state)[1]
-            return state, optax.tree.get(state, field)
-
-        return jax.lax.scan(step, tx.init(gradients[0]), gradients)[1]
-
-    means = accumulators(rms, "nu")
-    sums = accumulators(rss, "sum_of_squares")
+    means = optax.tree.get(run(rms, gradients, how="scan").state, "nu")
+    sums = optax.tree.get(run(rss, gradients, how="scan").state, "sum_of_squares")
     ages = np.arange(1, STEPS + 1)[:, None]
     np.testing.assert_allclose(
         ages * means, sums, rtol=rounding_bound(gradients.dtype, STEPS)

@@ -11,11 +11,11 @@ import optax
 import pytest
 from helpers.reference import DIALECTS, gradient_stream, relative_error
 from helpers.reference import rmsprop as reference_rmsprop
+from helpers.running import run
 from helpers.trajectory import (
     alternating_stream,
     rounding_bound,
     three_dtypes,
-    trajectory_of,
     x64,
 )
 
@@ -63,10 +63,10 @@ def test_trajectory_is_that_of_optax(eps_in_sqrt, centered, momentum):
             "bias_correction": bias_correction,
             **momentum,
         }
-        ours = trajectory_of(rmsprop(**options), gradients)
+        ours = run(rmsprop(**options), gradients).path
         # Optax's bias correction needs the standard promotion.
         with jax.numpy_dtype_promotion("standard"):
-            theirs = trajectory_of(optax.rmsprop(**options), gradients)
+            theirs = run(optax.rmsprop(**options), gradients).path
         for name, g in gradients.items():
             bound = rounding_bound(g.dtype, STEPS)
             assert relative_error(ours[name], theirs[name]) < bound, (name, options)
@@ -112,7 +112,7 @@ def test_uncentered_optax_checkpoint_restores_unchanged(
 def test_each_dialect_is_told_from_the_others(dialect, nesterov, centered):
     options = {"centered": centered, "momentum": 0.9, "nesterov": nesterov}
     g = (alternating_stream if centered else gradient_stream)(STEPS).astype(np.float64)
-    ours = trajectory_of(rmsprop(changing_rate, **options, **DIALECTS[dialect]), g)
+    ours = run(rmsprop(changing_rate, **options, **DIALECTS[dialect]), g).path
     errors = {
         name: relative_error(ours, reference_rmsprop(g, RATES, **options, **flags))
         for name, flags in DIALECTS.items()
@@ -138,7 +138,7 @@ def test_formula(initial_scale, bias_correction, lr_in_momentum):
             "eps_in_sqrt": eps_in_sqrt,
             **momentum,
         }
-        ours = trajectory_of(rmsprop(changing_rate, **options), g)
+        ours = run(rmsprop(changing_rate, **options), g).path
         expected = reference_rmsprop(g, RATES, **options)
         bound = rounding_bound(np.float64, STEPS)
         assert relative_error(ours, expected) < bound, options
@@ -147,18 +147,16 @@ def test_formula(initial_scale, bias_correction, lr_in_momentum):
 @pytest.mark.parametrize("lr_in_momentum", BOTH)
 def test_where_the_learning_rate_stands_shows_only_when_it_changes(lr_in_momentum):
     g = gradient_stream(STEPS)
-    inside = trajectory_of(rmsprop(0.01, momentum=0.9), g)
-    either = trajectory_of(
-        rmsprop(0.01, momentum=0.9, lr_in_momentum=lr_in_momentum), g
-    )
+    inside = run(rmsprop(0.01, momentum=0.9), g).path
+    either = run(rmsprop(0.01, momentum=0.9, lr_in_momentum=lr_in_momentum), g).path
     assert relative_error(either, inside) < rounding_bound(np.float32, STEPS)
 
 
 @pytest.mark.parametrize("nesterov", BOTH)
 def test_momentum_of_zero_is_no_momentum(nesterov):
     g = gradient_stream(STEPS)
-    plain = trajectory_of(rmsprop(0.01, nesterov=nesterov), g)
-    zero = trajectory_of(rmsprop(0.01, momentum=0.0, nesterov=nesterov), g)
+    plain = run(rmsprop(0.01, nesterov=nesterov), g).path
+    zero = run(rmsprop(0.01, momentum=0.0, nesterov=nesterov), g).path
     np.testing.assert_array_equal(zero, plain)
 
 
@@ -226,7 +224,7 @@ def test_vmap_over_hyperparameters(nesterov, lr_in_momentum):
     values = (rates, momenta, decays, eps)
     together = run(*map(jnp.array, values))
     for i, hyperparameters in enumerate(zip(*values, strict=True)):
-        alone = trajectory_of(build(*hyperparameters), g)
+        alone = run(build(*hyperparameters), g).path
         # 1 - decay of a traced decay is exact to an ulp of 1 only.
         bound = rounding_bound(np.float32, STEPS) / (1 - hyperparameters[2])
         assert relative_error(together[i], alone) < bound

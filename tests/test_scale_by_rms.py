@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.comparison import assert_same_bits
 from helpers.reference import gradient_stream, relative_error
 from helpers.reference import rmsprop as reference_rmsprop
+from helpers.running import run
 from helpers.trajectory import (
     alternating_stream,
     rounding_bound,
     three_dtypes,
-    trajectory_of,
-    updates_of,
     x64,
 )
 from hypothesis import given, settings
@@ -55,12 +55,6 @@ def optax_twin(decay=0.9, *, centered=False, **options):
     return twin(decay, **options)
 
 
-def assert_same_bits(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    dtypes = [jax.tree.map(jnp.result_type, tree) for tree in (actual, expected)]
-    assert dtypes[0] == dtypes[1]
-
-
 @pytest.mark.parametrize("twin", [optax.scale_by_rms, optax.scale_by_stddev])
 def test_positional_arguments_are_those_of_optax(twin):
     ours = list(inspect.signature(scale_by_rms).parameters.values())
@@ -76,10 +70,10 @@ def test_positional_arguments_are_those_of_optax(twin):
 def test_trajectory_is_that_of_optax(variant, initial_scale):
     gradients = three_dtypes(stream_for(variant, STEPS))
     options = {**variant, "initial_scale": initial_scale}
-    ours = trajectory_of(scale_by_rms(**options), gradients)
+    ours = run(scale_by_rms(**options), gradients).path
     # Optax's bias correction needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"):
-        theirs = trajectory_of(optax_twin(**options), gradients)
+        theirs = run(optax_twin(**options), gradients).path
     for name, g in gradients.items():
         bound = rounding_bound(g.dtype, STEPS)
         assert relative_error(ours[name], theirs[name]) < bound, name
@@ -119,7 +113,7 @@ def test_uncentered_optax_state_continues(bias_correction, dtype):
 def test_formula_for_all_hyperparameters(variant, decay, eps, initial_scale, seed):
     options = {**variant, "decay": decay, "eps": eps, "initial_scale": initial_scale}
     g = gradient_stream(STEPS, eps or 1e-8, seed).astype(np.float64)
-    u = trajectory_of(scale_by_rms(**options), g)
+    u = run(scale_by_rms(**options), g).path
     # The update is minus the reference's step at learning rate 1.
     expected = -reference_rmsprop(g, 1.0, **options)
     # The reference's 1 - decay^t loses digits where decay is near 1.
@@ -144,7 +138,7 @@ def test_first_bias_corrected_update_is_the_sign(decay, traced):
 
 def test_decay_of_one_never_forgets_the_initial_scale():
     tx = scale_by_rms(decay=1.0, eps=0.0, initial_scale=4.0)
-    np.testing.assert_array_equal(updates_of(tx, jnp.array([3.0, 8.0])), [1.5, 4.0])
+    np.testing.assert_array_equal(run(tx, jnp.array([3.0, 8.0])).updates, [1.5, 4.0])
 
 
 def weighted_deviation(gradients, decay, bias_correction):
@@ -236,7 +230,7 @@ def test_updates_are_finite_and_keep_the_sign(variant, g, eps):
     bounds the update; the distance from a mean is not bounded from below.
     """
     g = np.array(g, np.float32)[:, None]
-    u = updates_of(scale_by_rms(0.9, eps, **variant), g)
+    u = run(scale_by_rms(0.9, eps, **variant), g).updates
     assert np.isfinite(u).all()
     assert (u * np.sign(g) >= 0).all()
     if not variant["centered"]:
@@ -311,7 +305,7 @@ def test_stored_narrow_but_computed_in_float32(variant):
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_zero_gradients_give_zero_updates(variant, eps):
     g = jnp.array([[0.0, 0.0], [0.0, 2.0], [0.0, -1.0]])
-    u = updates_of(scale_by_rms(eps=eps, **variant), g)
+    u = run(scale_by_rms(eps=eps, **variant), g).updates
     np.testing.assert_array_equal(u[:, 0], 0.0)
     np.testing.assert_array_equal(u[0], 0.0)
     assert np.isfinite(u).all()
@@ -322,8 +316,8 @@ def test_nan_spoils_its_coordinate_only_and_for_good(variant):
     clean = stream_for(variant, STEPS)
     spoilt = clean.copy()
     spoilt[4, 1] = np.nan
-    u = updates_of(scale_by_rms(**variant), spoilt)
-    expected = updates_of(scale_by_rms(**variant), clean)
+    u = run(scale_by_rms(**variant), spoilt).updates
+    expected = run(scale_by_rms(**variant), clean).updates
     expected[4:, 1] = np.nan
     np.testing.assert_array_equal(u, expected)
 
@@ -334,15 +328,15 @@ def test_infinity_does_to_its_coordinate_what_it_does_in_optax(variant, value):
     clean = stream_for(variant, STEPS)
     spoilt = clean.copy()
     spoilt[4, 1] = value
-    u = updates_of(scale_by_rms(**variant), spoilt)
-    expected = updates_of(scale_by_rms(**variant), clean)
+    u = run(scale_by_rms(**variant), spoilt).updates
+    expected = run(scale_by_rms(**variant), clean).updates
     np.testing.assert_array_equal(np.delete(u, 1, 1), np.delete(expected, 1, 1))
     if variant["centered"]:
         # Optax has inf - inf where we may have inf.
         assert not u[4:, 1].any() or np.isnan(u[4:, 1]).all()
     else:
         with jax.numpy_dtype_promotion("standard"):
-            theirs = updates_of(optax_twin(**variant), spoilt)
+            theirs = run(optax_twin(**variant), spoilt).updates
         bound = rounding_bound(np.float32, STEPS)
         np.testing.assert_allclose(u[:, 1], theirs[:, 1], rtol=bound)
 
@@ -419,7 +413,7 @@ def test_vmap_over_hyperparameters(variant):
 
     together = run(*map(jnp.array, (decay, eps, scale)))
     for i, (d, e, s) in enumerate(zip(decay, eps, scale, strict=True)):
-        alone = trajectory_of(scale_by_rms(d, e, s, **variant), g)
+        alone = run(scale_by_rms(d, e, s, **variant), g).path
         # 1 - decay of a traced decay is exact to an ulp of 1 only.
         bound = rounding_bound(np.float32, STEPS) / (1 - d)
         assert relative_error(together[i], alone) < bound

@@ -12,16 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers.comparison import assert_same_bits
 from helpers.contract_rows import every_row
-from helpers.training import (
-    GRADIENTS,
-    PARAMS,
-    assert_close,
-    assert_same_bits,
-    loop,
-    plain,
-    step,
-)
+from helpers.running import at, run, step
+from helpers.training import GRADIENTS, PARAMS, assert_close, plain
 
 STEPS = 3
 INPUTS = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
@@ -100,10 +94,11 @@ def test_equinox(row):
 def continues(row, save_and_restore):
     """A state restored halfway ends with the bits of the run that was not stopped."""
     tx = row()
-    params, state = plain(row)[1]
+    _, params, state = at(plain(row), 1)
     restored = save_and_restore(tx, state)
     assert_same_bits(restored, state)
-    assert_same_bits(loop(tx, params, GRADIENTS[2:], restored)[-1], plain(row)[-1])
+    history = run(tx, at(GRADIENTS, slice(2, None)), params, restored)
+    assert_same_bits(history, at(plain(row), slice(2, None)))
 
 
 @every_row

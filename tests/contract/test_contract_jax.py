@@ -6,46 +6,26 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.comparison import assert_same_bits
 from helpers.contract_rows import every_row
-from helpers.training import (
-    GRADIENTS,
-    PARAMS,
-    assert_close,
-    assert_same_bits,
-    at,
-    jitted,
-    loop,
-    plain,
-    stack,
-    step,
-)
+from helpers.running import at, run, step
+from helpers.training import GRADIENTS, PARAMS, STEPS, assert_close, plain
+
+FIRST_TWO, LAST_TWO = at(GRADIENTS, slice(2)), at(GRADIENTS, slice(2, None))
 
 
 @every_row
 def test_jit_without_retrace(row):
-    for actual, expected in zip(jitted(row), plain(row), strict=True):
-        assert_close(actual, expected)
+    assert_close(run(row(), GRADIENTS, PARAMS, how="jit"), plain(row))
 
 
 @every_row
 def test_scan(row):
-    tx = row()
-
-    @jax.jit
-    def run(params, gradients):
-        def body(carry, g):
-            carry = step(tx, *carry, g)
-            return carry, carry
-
-        return jax.lax.scan(body, (params, tx.init(params)), gradients)[1]
-
-    history = run(PARAMS, stack(GRADIENTS))
-    for t, expected in enumerate(plain(row)):
-        assert_close(at(history, t), expected)
+    assert_close(run(row(), GRADIENTS, PARAMS, how="scan"), plain(row))
 
 
 # The first gradient is zero.
-STREAM = [jnp.zeros(16), *(g["bias"] for g in GRADIENTS[1:])]
+STREAM = GRADIENTS["bias"].at[0].set(0.0)
 
 
 @functools.cache
@@ -53,13 +33,9 @@ def derivative_of(row):
     """Of the sum of the parameters after training, by the numbers and a scale of g."""
 
     def last(numbers, scale):
-        tx, start = row(**numbers), PARAMS["bias"]
-
-        def body(carry, g):
-            return step(tx, *carry, scale * g), None
-
-        carry, _ = jax.lax.scan(body, (start, tx.init(start)), jnp.stack(STREAM))
-        return jnp.sum(carry[0])
+        tx = row(**numbers)
+        params, _ = run(tx, scale * STREAM, PARAMS["bias"], how="scan").last
+        return jnp.sum(params)
 
     return jax.jit(jax.grad(last, argnums=(0, 1)))
 
@@ -79,8 +55,7 @@ def test_grad_is_finite_difference(row):
     numbers = {**row.numbers, row.eps: 0.1}
 
     def value(scale):
-        gradients = [scale * g for g in STREAM]
-        params, _ = loop(row(**numbers), PARAMS["bias"], gradients)[-1]
+        params, _ = run(row(**numbers), scale * STREAM, PARAMS["bias"]).last
         return np.sum(np.asarray(params, np.float64))
 
     h = 1 / 64
@@ -96,13 +71,13 @@ def test_vmap_over_numbers(row):
 
     @jax.jit
     @jax.vmap
-    def run(numbers):
-        return loop(row(**numbers), gradients=GRADIENTS[:2])[-1]
+    def run_all(numbers):
+        return run(row(**numbers), FIRST_TWO, PARAMS, how="scan")
 
-    together = run({name: jnp.array(both) for name, both in values.items()})
+    together = run_all({name: jnp.array(both) for name, both in values.items()})
     for i in range(2):
         numbers = {name: both[i] for name, both in values.items()}
-        alone = loop(row(**numbers), gradients=GRADIENTS[:2])[-1]
+        alone = run(row(**numbers), FIRST_TWO, PARAMS)
         # 1 - decay of a traced decay of 0.8 is exact to an ulp of 1 only.
         assert_close(at(together, i), alone, loss=5)
 
@@ -113,14 +88,14 @@ def test_vmap_over_params(row):
 
     @jax.jit
     @jax.vmap
-    def run(params, first, second):
-        return loop(tx, params, [first, second])[-1]
+    def run_all(params, gradients):
+        return run(tx, gradients, params, how="scan")
 
-    params = [PARAMS, jax.tree.map(lambda x: 2 - x, PARAMS)]
-    gradients = [GRADIENTS[:2], GRADIENTS[2:]]
-    together = run(stack(params), *map(stack, zip(*gradients, strict=True)))
+    params = jax.tree.map(lambda x: jnp.stack([x, 2 - x]), PARAMS)
+    gradients = jax.tree.map(lambda *g: jnp.stack(g), FIRST_TWO, LAST_TWO)
+    together = run_all(params, gradients)
     for i in range(2):
-        assert_close(at(together, i), loop(tx, params[i], gradients[i])[-1])
+        assert_close(at(together, i), run(tx, at(gradients, i), at(params, i)))
 
 
 @every_row
@@ -136,10 +111,13 @@ def test_sharded_over_eight_devices(row):
     state = jax.tree.map(
         lambda x: x if x.shape else jax.device_put(x, copied), tx.init(params)
     )
-    gradients = jax.device_put(GRADIENTS, split)
-    history = loop(tx, params, gradients, state, jit=True)
-    for sharded, single in zip(history, jitted(row), strict=True):
-        assert_same_bits(sharded, single)
-    for leaf in jax.tree.leaves((state, history)):
-        if leaf.shape:
-            assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
+    compiled = jax.jit(functools.partial(step, tx))
+    alone = PARAMS, tx.init(PARAMS)
+    for t in range(STEPS):
+        gradients = at(GRADIENTS, t)
+        alone = compiled(*alone, gradients)
+        params, state = compiled(params, state, jax.device_put(gradients, split))
+        assert_same_bits((params, state), alone)
+        for leaf in jax.tree.leaves((params, state)):
+            if leaf.shape:
+                assert leaf.sharding.is_equivalent_to(split, leaf.ndim)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.running import run
 
 import optax_rms
 
@@ -331,17 +332,6 @@ def evaluate(expression, names):
     return tx, arguments
 
 
-def run(tx, gradients):
-    params = jnp.zeros(gradients.shape[1:])
-    state = tx.init(params)
-    trajectory = []
-    for g in gradients:
-        updates, state = tx.update(jnp.asarray(g), state, params)
-        params = optax.apply_updates(params, updates)
-        trajectory.append(np.asarray(params, np.float64))
-    return np.stack(trajectory)
-
-
 def run_rule(rule, names, gradients):
     p, s, trajectory = np.zeros(gradients.shape[1:]), {}, []
     for t, g in enumerate(gradients.astype(np.float64)):
@@ -370,7 +360,8 @@ def test_the_settings_are_those_of_the_rule(name):
     for names in combinations(expression):
         tx, _ = evaluate(expression, names)
         expected = run_rule(RULES[name], names, gradients)
-        assert reference.relative_error(run(tx, gradients), expected) <= BOUND, names
+        trajectory = np.float64(run(tx, gradients).params)
+        assert reference.relative_error(trajectory, expected) <= BOUND, names
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import reference
+from helpers.running import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.example_libraries import optimizers
@@ -60,15 +61,10 @@ def run_ours(arguments, gradients, rates):
         **arguments,
     )
 
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state)
-        return (params + updates, state), params + updates
-
-    params = jnp.zeros(gradients.shape[1:])
-    (_, state), trajectory = jax.lax.scan(step, (params, tx.init(params)), gradients)
+    history = run(tx, gradients, how="scan")
+    _, state = history.last
     momentum = [-state[2].trace] if "momentum" in arguments else []
-    return trajectory, [state[0].nu, *momentum]
+    return history.params, [state[0].nu, *momentum]
 
 
 def assert_agreement(arguments, gradients, rates):

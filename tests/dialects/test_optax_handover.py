@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference, trajectory
+from helpers.comparison import assert_same_bits
+from helpers.running import at, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -30,23 +32,13 @@ def _optax_needs_promotion():
 
 def evolved(tx, gradients, steps=3):
     """The state after some steps on the first gradients."""
-    state = tx.init(jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients))
-    for t in range(steps):
-        _, state = tx.update(jax.tree.map(lambda g, t=t: g[t], gradients), state)
-    return state
+    return run(tx, at(gradients, slice(steps))).last[1]
 
 
 def random_gradients(seed=0, steps=4, dtype=np.float32):
     rng = np.random.default_rng(seed)
     tree = {"w": rng.normal(size=(steps, 2, 3)), "b": 5 + rng.normal(size=(steps, 3))}
     return jax.tree.map(lambda g: jnp.asarray(g, dtype), tree)
-
-
-def assert_identical(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for x, y in zip(*map(jax.tree.leaves, (tree, other)), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 def test_the_optimizer_is_our_own():
@@ -67,25 +59,16 @@ def test_a_run_handed_over_and_back(centered, bias_correction, momentum):
         "momentum": momentum,
         "nesterov": momentum is not None,
     }
-    start = optax.rmsprop(rates, **arguments).init(gradients[0])
-    theirs = jax.jit(optax.rmsprop(rates, **arguments).update)
-    ours = jax.jit(optax_rms.rmsprop(rates, **arguments).update)
-
-    def run(*parts):
-        state, updates = start, []
-        for update, convert, steps in parts:
-            state = convert(state)
-            for g in gradients[steps]:
-                u, state = update(g, state)
-                updates.append(np.asarray(u, np.float64))
-        return np.cumsum(updates, axis=0)
-
-    expected = run((theirs, lambda s: s, slice(75)))
-    mixed = run(
-        (theirs, lambda s: s, slice(25)),
-        (ours, lambda s: dialect.import_state(s, DECAY), slice(25, 50)),
-        (theirs, lambda s: dialect.export_state(s, DECAY), slice(50, 75)),
-    )
+    theirs = optax.rmsprop(rates, **arguments)
+    ours = optax_rms.rmsprop(rates, **arguments)
+    first = run(theirs, gradients[:25], how="jit")
+    state = dialect.import_state(first.last[1], DECAY)
+    second = run(ours, gradients[25:50], state=state, how="jit")
+    state = dialect.export_state(second.last[1], DECAY)
+    third = run(theirs, gradients[50:], state=state, how="jit")
+    updates = np.concatenate([first.updates, second.updates, third.updates])
+    mixed = np.cumsum(updates, axis=0, dtype=np.float64)
+    expected = run(theirs, gradients, how="jit").path
     assert reference.relative_error(mixed, expected) <= BOUND
 
 
@@ -119,7 +102,7 @@ def test_a_round_trip_changes_no_bit(seed, decay, steps, bias_correction, dtype)
     state = optax_state(seed, decay, steps, bias_correction, dtype)
     imported = dialect.import_state(state, decay)
     exported = dialect.export_state(imported, decay)
-    assert_identical(dialect.import_state(exported, decay), imported)
+    assert_same_bits(dialect.import_state(exported, decay), imported)
     for x, y in zip(*map(jax.tree.leaves, (exported, state)), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, rtol=1e-6)
@@ -143,8 +126,8 @@ def test_a_variance_lost_to_rounding_is_zero():
 def test_not_centered_nothing_changes(bias_correction):
     tx = optax.rmsprop(0.1, momentum=0.9, bias_correction=bias_correction)
     state = evolved(tx, random_gradients())
-    assert_identical(dialect.import_state(state), state)
-    assert_identical(dialect.export_state(state), state)
+    assert_same_bits(dialect.import_state(state), state)
+    assert_same_bits(dialect.export_state(state), state)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +145,7 @@ def test_inside_of_other_states(wrap):
     state = dialect.import_state(theirs)
     expected = ours.init(jax.tree.map(lambda g: g[0], gradients))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    assert_identical(dialect.export_state(state), theirs)
+    assert_same_bits(dialect.export_state(state), theirs)
 
 
 def test_half_precision_becomes_float32():

@@ -4,6 +4,7 @@
 That the trajectories agree is tested beside each function.
 """
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from helpers.reference import gradient_stream, relative_error
+from helpers.running import run
 from helpers.trajectory import rounding_bound
 
 import optax_rms
@@ -44,16 +46,6 @@ WRAPPERS = {
 }
 
 
-def run(tx, state, gradients):
-    """The summed updates in float64, and the state that is left."""
-    total, path = np.zeros(gradients.shape[1:]), []
-    for g in gradients:
-        update, state = tx.update(jnp.asarray(g), state)
-        total = total + np.asarray(update, np.float64)
-        path.append(total)
-    return np.stack(path), state
-
-
 def through_orbax(state, like, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", state)
@@ -74,12 +66,14 @@ def test_checkpoint_goes_over_and_back(options, wrap, save_and_restore, tmp_path
     start = jnp.zeros(GRADIENTS.shape[1])
     # Optax's bias correction needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"):
-        expected, _ = run(theirs, theirs.init(start), GRADIENTS)
-        first, state = run(theirs, theirs.init(start), GRADIENTS[:4])
+        expected = run(theirs, GRADIENTS)
+        first = run(theirs, GRADIENTS[:4])
+    state = first.last[1]
     restored = save_and_restore(state, ours.init(start), tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
-    second, state = run(ours, restored, GRADIENTS[4:8])
+    chex.assert_trees_all_equal(restored, state, strict=True)
+    second = run(ours, GRADIENTS[4:8], state=restored)
     with jax.numpy_dtype_promotion("standard"):
-        third, _ = run(theirs, state, GRADIENTS[8:])
-    path = np.concatenate([first, first[-1] + second, first[-1] + second[-1] + third])
-    assert relative_error(path, expected) < rounding_bound(np.float32, STEPS)
+        third = run(theirs, GRADIENTS[8:], state=second.last[1])
+    updates = np.concatenate([first.updates, second.updates, third.updates])
+    path = np.cumsum(updates, axis=0, dtype=np.float64)
+    assert relative_error(path, expected.path) < rounding_bound(np.float32, STEPS)

@@ -7,9 +7,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from helpers.frameworks import require
 from helpers.reference import gradient_stream, relative_error
+from helpers.running import run
 from helpers.trajectory import alternating_stream
 
 with warnings.catch_warnings():
@@ -111,21 +111,9 @@ def run_keras_eagerly(optimizer, variables, gradients):
 
 def run_dialect(tx, params, gradients, state=None):
     """Trajectories of the parameters and of the state, and the last of both."""
-
-    @jax.jit
-    def run(carry, gradients):
-        def step(carry, gradients):
-            params, state = carry
-            updates, state = tx.update(gradients, state, params)
-            carry = optax.apply_updates(params, updates), state
-            return carry, carry
-
-        return jax.lax.scan(step, carry, gradients)
-
-    params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params) if state is None else state
-    last, trajectory = run((params, state), jax.tree.map(jnp.asarray, gradients))
-    return *jax.tree.map(np.asarray, trajectory), last
+    history = run(tx, gradients, params, state, "scan")
+    trajectories = jax.tree.map(np.asarray, (history.params, history.state))
+    return *trajectories, history.last
 
 
 def path_error(trajectory, expected, start=0.0):

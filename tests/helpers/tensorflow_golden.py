@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers import running
 
 _FOLDER = (
     pathlib.Path(__file__).resolve().parents[1] / "dialects" / "tensorflow" / "golden"
@@ -54,20 +55,8 @@ def learning_rate(case):
 
 def run(tx, params, state, gradients):
     """The parameters after every step, as rows, and the last state."""
-
-    @jax.jit
-    def scan(carry, gradients):
-        def step(carry, g):
-            params, state = carry
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
-
-        return jax.lax.scan(step, carry, gradients)
-
-    gradients = jax.tree.map(jnp.asarray, split(gradients))
-    (_, state), trajectory = scan((params, state), gradients)
-    return join(trajectory), state
+    history = running.run(tx, split(gradients), params, state, "scan")
+    return join(history.params), history.last[1]
 
 
 def slots_of(state):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import frameworks, reference
+from helpers import frameworks, reference, running
 
 # The worst difference that counts as agreement, relative to the length of the path.
 BOUND = 2e-5
@@ -44,21 +44,8 @@ def run_torch(optimizer, gradients, rates):
 
 def run_jax(tx, params, gradients, state=None):
     """The parameters after every step, as in `run_torch`, and the last state."""
-
-    @jax.jit
-    def run(carry, gradients):
-        def step(carry, g):
-            params, state = carry
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
-
-        return jax.lax.scan(step, carry, gradients)
-
-    params, gradients = jax.tree.map(jnp.asarray, (params, gradients))
-    carry = params, tx.init(params) if state is None else state
-    (_, state), trajectory = run(carry, gradients)
-    return jax.tree.map(np.asarray, trajectory), state
+    history = running.run(tx, gradients, params, state, "scan")
+    return jax.tree.map(np.asarray, history.params), history.last[1]
 
 
 def compare(optimizer_class, dialect, options, gradients, rates, start=0.0):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a transformation on given gradients, and how far rounding may take it."""
+"""Gradients for comparisons, and the bound of the rounding in them."""
 
 import contextlib
 
@@ -8,29 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def updates_of(tx, gradients):
-    """The updates of all steps, for a tree of gradients of shape (steps, ...)."""
-    gradients = jax.tree.map(jnp.asarray, gradients)
-    state = tx.init(jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients))
-    updates = []
-    for t in range(len(jax.tree.leaves(gradients)[0])):
-        u, state = tx.update(jax.tree.map(lambda g, t=t: g[t], gradients), state)
-        updates.append(u)
-    return jax.tree.map(lambda *us: np.stack(us), *updates)
-
-
-def trajectory_of(tx, gradients):
-    """The sums of `updates_of`, formed in float64 to add no rounding of their own."""
-
-    def total(updates):
-        wide = np.complex128 if np.iscomplexobj(updates) else np.float64
-        return np.cumsum(updates, axis=0, dtype=wide)
-
-    return jax.tree.map(total, updates_of(tx, gradients))
-
-
 def rounding_bound(dtype, steps):
-    """What rounding may do to `trajectory_of`, relative to the length of the path.
+    """The bound of the rounding in `History.path`, relative to the length of the path.
 
     A moving average of positive numbers, and a momentum buffer, round three times per
     step; ten more roundings lie between the gradient and the update.
