@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled step costs, next to the same step with Optax's optimizer."""
 
+import functools
 import gc
 import time
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.running import step
 
 import optax_rms
 
@@ -29,19 +31,15 @@ every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIAN
 
 
 def step_of(library, options):
-    """The step that every user writes, jitted; and its abstract state."""
+    """The step that every user writes, jitted, and the function that begins a state."""
     tx = library.rmsprop(1e-3, **options)
 
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)), tx.init
+    return jax.jit(functools.partial(step, tx), donate_argnums=(0, 1)), tx.init
 
 
 def lower(library, options, params):
-    step, init = step_of(library, options)
-    return step.lower(params, jax.eval_shape(init, params), params)
+    compiled, init = step_of(library, options)
+    return compiled.lower(params, jax.eval_shape(init, params), params)
 
 
 def size(tree):
@@ -66,9 +64,9 @@ def test_cost_of_a_step(options, params):
 
 @every_variant
 def test_the_second_step_has_the_types_of_the_first(options):
-    step, init = step_of(optax_rms, options)
+    compiled, init = step_of(optax_rms, options)
     state = jax.eval_shape(init, THOUSAND_LEAVES)
-    after = jax.eval_shape(step, THOUSAND_LEAVES, state, THOUSAND_LEAVES)
+    after = jax.eval_shape(compiled, THOUSAND_LEAVES, state, THOUSAND_LEAVES)
 
     def types(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
@@ -79,9 +77,9 @@ def test_the_second_step_has_the_types_of_the_first(options):
 @every_variant
 def test_each_shape_is_traced_once(options):
     """The program of a thousand leaves calls four functions, once for each leaf."""
-    step, init = step_of(optax_rms, options)
+    compiled, init = step_of(optax_rms, options)
     state = jax.eval_shape(init, THOUSAND_LEAVES)
-    (call,) = jax.make_jaxpr(step)(THOUSAND_LEAVES, state, THOUSAND_LEAVES).eqns
+    (call,) = jax.make_jaxpr(compiled)(THOUSAND_LEAVES, state, THOUSAND_LEAVES).eqns
     equations = call.params["jaxpr"].eqns
     calls = [e.params["jaxpr"] for e in equations if "jaxpr" in e.params]
     assert len(calls) == len(THOUSAND_LEAVES)
@@ -95,12 +93,12 @@ def test_tracing_and_lowering_take_half_the_time(options):
     """Processor time of this thread, the best of alternating rounds."""
 
     def seconds(library):
-        step, init = step_of(library, options)
+        compiled, init = step_of(library, options)
         state = jax.eval_shape(init, THOUSAND_LEAVES)
         jax.clear_caches()
         gc.collect()
         start = time.thread_time()
-        step.lower(THOUSAND_LEAVES, state, THOUSAND_LEAVES)
+        compiled.lower(THOUSAND_LEAVES, state, THOUSAND_LEAVES)
         return time.thread_time() - start
 
     rounds = [(seconds(optax_rms), seconds(optax)) for _ in range(2)]

@@ -13,7 +13,8 @@ import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "optax_rms"
+TESTS = pathlib.Path(__file__).parent
+PACKAGE = TESTS.parent / "optax_rms"
 LAYERS = [
     ["__init__"],
     ["recipes"],
@@ -95,6 +96,12 @@ def test_imports_run_downward(module):
     assert module in layer, f"{module} has no place in the list of layers"
     for imported in imports_of(module):
         assert layer[imported] > layer[module], f"{module} imports {imported}"
+
+
+def test_names_of_test_files_occur_once():
+    """A file in a message, or in a command, is found by its name alone."""
+    names = [p.name for p in TESTS.rglob("*.py") if p.name != "conftest.py"]
+    assert [name for name in set(names) if names.count(name) > 1] == []
 
 
 def test_import_needs_only_the_runtime_dependencies():

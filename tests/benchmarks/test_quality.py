@@ -16,6 +16,8 @@ import optax_rms
 from benchmarks import quality, tasks
 from benchmarks.tasks import Examples, Task
 
+pytestmark = pytest.mark.slow  # Networks are trained in every cell of the study.
+
 FORMATS = ("float32", "UE6M2", "UE6M2, fitted", "UE6M2, nearest")
 DECAYS = (0.9, 0.99, 0.999)
 EPS = float(np.finfo(np.float32).eps)

@@ -110,6 +110,7 @@ def test_network_is_the_reference_network():
     }
 
 
+@pytest.mark.slow
 def test_mean_validation_accuracy_over_five_seeds_is_at_least_97_percent(
     monkeypatch, tmp_path
 ):
@@ -561,6 +562,7 @@ def test_after_damage_a_resumed_run_ends_with_the_same_bits(finished, copied, ca
     assert same_files(copied, finished)
 
 
+@pytest.mark.slow
 def test_killed_at_several_moments_it_ends_with_the_same_bits(tmp_path):
     def start(output: Path, *flags: str) -> subprocess.Popen:
         command = [sys.executable, train_digits.__file__, "--epochs", "20", *flags]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import reference
 from helpers import tensorflow_golden as golden
+from helpers.comparison import assert_same_bits
 from helpers.trajectory import rounding_bound
 
 from optax_rms.dialects import tensorflow
@@ -275,4 +276,4 @@ def test_importing_what_was_exported_changes_no_bit(name):
     )
     _, again = checkpoint.import_state(checkpoint.variables | exported)
     assert jax.tree.structure(again) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert_same_bits(again, state)
