@@ -12,7 +12,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import pytest
 
-MOST_PROCESSES = 4  # Each takes about 2 GB of memory, and collects all tests again.
+# A process keeps the programs that it compiled: about 4 GB after half of the tests.
+MOST_PROCESSES = 4
 
 
 @pytest.hookimpl(optionalhook=True)

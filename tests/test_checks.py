@@ -75,7 +75,7 @@ def test_ends_of_the_range_are_allowed(name, value):
     ids=["bool", "np.bool", "bool array", "str", "complex", "object"],
 )
 @pytest.mark.parametrize("name", SCALARS)
-def test_not_a_number(name, value):
+def test_arguments_that_are_not_numbers_are_named(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be a number or a scalar") as e:
         build(name, value)
     shown = value.item() if isinstance(value, np.ndarray) else value
@@ -93,7 +93,7 @@ def test_none_is_not_a_number(name):
     "value", [np.ones(2), jnp.ones(2), [0.5, 0.5], np.ones((1, 1))], ids=repr
 )
 @pytest.mark.parametrize("name", SCALARS)
-def test_not_a_scalar(name, value):
+def test_arrays_in_place_of_a_number_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be a number or a scalar") as e:
         build(name, value)
     assert str(np.shape(value)) in str(e.value)
@@ -163,7 +163,7 @@ FLAGS = ("eps_in_sqrt", "bias_correction", "centered", "nesterov", "lr_in_moment
 
 @pytest.mark.parametrize("value", [1, 0.0, None, "yes", jnp.array(True)], ids=repr)
 @pytest.mark.parametrize("name", FLAGS)
-def test_not_a_flag(name, value):
+def test_flags_must_be_booleans(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be True or False, got") as e:
         build(name, value)
     assert repr(value) in str(e.value)
@@ -171,7 +171,7 @@ def test_not_a_flag(name, value):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_traced_flag(name):
+def test_flags_cannot_be_traced(name):
     with pytest.raises(TypeError, match=f"^{name} must be True or False.*be traced"):
         jax.jit(lambda x: build(name, x))(True)
 

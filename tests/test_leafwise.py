@@ -145,7 +145,7 @@ def test_nothing_is_rounded_between_steps(add):
     ],
 )
 @x64()
-def test_accumulator(param, dtype, real, expected):
+def test_accumulator_has_shape_dtype_and_value(param, dtype, real, expected):
     tree = {"a": jnp.zeros((2, 3), param), "b": jnp.zeros((), param)}
     made = leafwise.accumulator(tree, 0.5, dtype, real=real)
     assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype(expected)}

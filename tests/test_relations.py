@@ -98,7 +98,7 @@ def test_mean_square_of_rmsprop_times_t_is_accumulator_of_adagrad(gradients):
 
 
 @pytest.mark.parametrize("eps_in_sqrt", [False, True])
-def test_without_memory_it_is_sign_descent(eps_in_sqrt):
+def test_rmsprop_without_memory_is_sign_descent(eps_in_sqrt):
     rng = np.random.default_rng(0)
     powers = 2.0 ** np.arange(-60, 61)
     gradients = rng.choice([-1, 1], (50, 121)) * powers

@@ -126,7 +126,7 @@ def test_each_dialect_is_told_from_the_others(dialect, nesterov, centered):
 @pytest.mark.parametrize("bias_correction", BOTH)
 @pytest.mark.parametrize("initial_scale", [0.0, 1.0])
 @x64()
-def test_formula(initial_scale, bias_correction, lr_in_momentum):
+def test_trajectory_follows_the_formula(initial_scale, bias_correction, lr_in_momentum):
     g = gradient_stream(STEPS).astype(np.float64)
     for momentum, eps_in_sqrt in itertools.product(MOMENTA, BOTH):
         options = {
@@ -145,7 +145,7 @@ def test_formula(initial_scale, bias_correction, lr_in_momentum):
 
 
 @pytest.mark.parametrize("lr_in_momentum", BOTH)
-def test_where_the_learning_rate_stands_shows_only_when_it_changes(lr_in_momentum):
+def test_place_of_the_learning_rate_shows_when_the_rate_changes(lr_in_momentum):
     g = gradient_stream(STEPS)
     inside = run(rmsprop(0.01, momentum=0.9), g).path
     either = run(rmsprop(0.01, momentum=0.9, lr_in_momentum=lr_in_momentum), g).path

@@ -324,7 +324,7 @@ def test_nan_spoils_its_coordinate_only_and_for_good(variant):
 
 @every_variant
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 3e38])
-def test_infinity_does_to_its_coordinate_what_it_does_in_optax(variant, value):
+def test_infinity_spoils_its_coordinate_as_in_optax(variant, value):
     clean = stream_for(variant, STEPS)
     spoilt = clean.copy()
     spoilt[4, 1] = value

@@ -20,6 +20,6 @@ LEAF_SETS = leaves.LEAF_SETS | leaves.QUICK_LEAF_SETS
 
 
 @pytest.mark.parametrize("name", LEAF_SETS)
-def test_counts(name):
+def test_leaf_sets_have_the_published_sizes(name):
     shapes = LEAF_SETS[name]
     assert (sum(map(math.prod, shapes)), len(shapes)) == COUNTS[name]

@@ -23,7 +23,7 @@ def in_silence(iterable, **_):
     return iterable
 
 
-def test_update_step():
+def test_quick_update_step_measures_every_side():
     sides = [*JAX_SIDES, "absent"]
     peers_and_absent = peers.SIDES | {"absent": lambda _: peers.module("no_such")}
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def test_update_step():
         assert row["seconds"]["median"] > 0
 
 
-def test_growth(monkeypatch):
+def test_quick_growth_measures_every_size(monkeypatch):
     monkeypatch.setattr(growth, "QUICK_ELEMENTS", [1000])
     monkeypatch.setattr(growth, "QUICK_LEAF_COUNTS", [2])
     monkeypatch.setattr(growth, "QUICK_TOTAL", 100)
@@ -47,7 +47,7 @@ def test_growth(monkeypatch):
     assert all(row["n"] == 2 for row in rows["leaves"])
 
 
-def test_stages(monkeypatch):
+def test_quick_stages_measure_every_side(monkeypatch):
     monkeypatch.setattr(stages, "COMPARED", JAX_SIDES)
     monkeypatch.setattr(stages, "QUICK_LEAF_COUNTS", [2])
     monkeypatch.setattr(stages, "QUICK_TOTAL", 100)

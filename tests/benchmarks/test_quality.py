@@ -65,7 +65,7 @@ def test_float32_is_no_different_from_itself(rows):
         assert row["train_loss"].max() < np.log(3)
 
 
-def test_a_run_differs_from_those_of_other_seeds_more_than_of_other_formats(rows):
+def test_seeds_differ_more_than_formats(rows):
     for decay in DECAYS:
         losses = rows["float32", decay]["train_loss"]
         change = rows["UE6M2", decay]["train_loss"] - losses

@@ -48,7 +48,7 @@ def body(results, name):
     return report.TABLES[name](results).splitlines()[2:]
 
 
-def test_times(results):
+def test_table_of_times(results):
     assert body(results, "times_cpu") == [
         "| plain | `ours` | 3.00 (2.70 to 3.30) |",
         "| plain | `theirs` | 6.00 (5.40 to 6.60) |",
@@ -64,7 +64,7 @@ def test_limits_are_in_the_bytes_of_each_row(results):
     ]
 
 
-def test_ratios(results):
+def test_table_of_ratios(results):
     assert body(results, "ratios_cpu") == [
         "| plain | `ours` | 1.00 |",
         "| plain | `theirs` | 2.00 |",

@@ -355,7 +355,7 @@ def test_every_row_has_a_rule_or_a_reason():
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_the_settings_are_those_of_the_rule(name):
+def test_settings_follow_the_rule_of_the_framework(name):
     expression, gradients = EXPRESSIONS[name], data()
     for names in combinations(expression):
         tx, _ = evaluate(expression, names)
@@ -365,7 +365,7 @@ def test_the_settings_are_those_of_the_rule(name):
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_other_settings_are_not(name):
+def test_every_other_setting_breaks_the_rule(name):
     gradients = data()
     *_, names = combinations(EXPRESSIONS[name])
     expected = run_rule(RULES[name], names, gradients)
@@ -388,7 +388,7 @@ def test_other_settings_are_not(name):
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_the_defaults_are_those_of_the_names(name):
+def test_every_name_has_a_default(name):
     """Each name in the settings has a default, or the framework requires it."""
     defaults = TABLE[name][2]
     if defaults == "not read":
@@ -398,6 +398,6 @@ def test_the_defaults_are_those_of_the_names(name):
 
 
 @pytest.mark.parametrize("row", rows_under("Frameworks with a module of their own"))
-def test_the_modules_have_what_the_page_says(row):
+def test_functions_named_on_the_page_exist(row):
     module, function = row[1].strip("`").rsplit(".", 1)
     assert callable(getattr(importlib.import_module(f"optax_rms.{module}"), function))

@@ -91,7 +91,7 @@ def test_trajectory_and_state(name, steps):
     momentum=st.none() | st.floats(0.0, 0.99),
     seed=st.integers(0, 1000),
 )
-def test_combinations(gamma, eps, momentum, seed):
+def test_agreement_at_random_hyperparameters(gamma, eps, momentum, seed):
     arguments = {"gamma": gamma, "eps": eps}
     if momentum is not None:
         arguments["momentum"] = momentum

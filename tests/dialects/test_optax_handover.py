@@ -108,7 +108,7 @@ def test_a_round_trip_changes_no_bit(seed, decay, steps, bias_correction, dtype)
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
-def test_what_the_numbers_become():
+def test_values_of_converted_fields():
     state = optax.ScaleByRStdDevState(mu=jnp.array(3.0), nu=jnp.array(25.0))
     imported = dialect.import_state(state)
     assert imported == optax_rms.ScaleByStddevState(None, 3.0, 16.0)
@@ -166,7 +166,7 @@ def test_sharding_stays():
 
 @pytest.mark.parametrize("convert", [dialect.import_state, dialect.export_state])
 @pytest.mark.parametrize("centered", [False, True])
-def test_what_has_no_place_gets_none(convert, centered):
+def test_unplaced_states_stay_unplaced(convert, centered):
     """A state from unplaced parameters goes along with gradients on any devices."""
     make = optax.rmsprop if convert is dialect.import_state else optax_rms.rmsprop
     converted = convert(make(0.1, centered=centered).init(jnp.arange(16.0)))
@@ -260,7 +260,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage(kind):
+def test_damaged_states_are_reported(kind):
     state, arguments, message = DAMAGE[kind]
     with pytest.raises(ValueError, match=message):
         dialect.import_state(state, **arguments)

@@ -97,7 +97,7 @@ def test_heat_map(finished):
     )
 
 
-def test_heat_map_shows_what_diverged_in_grey(tmp_path):
+def test_diverged_runs_are_grey_in_the_heat_map(tmp_path):
     loss = np.full((4, 8), 0.5)
     loss[:, 4:] = [np.nan, np.inf, 1e9, np.nan]
     learning_rate_sweep.draw(np.logspace(-4, 0, 8), loss, tmp_path / "map.png")

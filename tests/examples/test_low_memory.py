@@ -70,7 +70,7 @@ def test_results_say_where_they_come_from(finished):
     assert picture.std() > 0.01
 
 
-def test_what_is_no_known_field_is_counted_too():
+def test_unknown_fields_count_as_counters():
     params = jnp.zeros(1000)
     tx = optax.chain(optax.trace(0.9), optax_rms.scale_by_rms())
     found = low_memory.count_bytes(params, tx.init(params))

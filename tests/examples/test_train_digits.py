@@ -455,7 +455,7 @@ def test_resume_without_a_checkpoint_starts_anew(finished, tmp_path, capsys):
     assert same_files(tmp_path, finished)
 
 
-def test_resume_with_other_settings_names_those_that_differ(finished, copied, capsys):
+def test_resume_names_the_settings_that_differ(finished, copied, capsys):
     np.savez(copied / "mnist.npz", **mnist_like())
     for flags, complaint in (
         (["--seed", 1], "seed was 0, not 1"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons of trees: by chex, and down to the bits, which chex has no word for."""
+"""Comparisons of trees: by chex, and by hand the bits, which chex does not compare."""
 
 import chex
 import jax
@@ -22,8 +22,8 @@ def assert_same_bits(actual, expected):
 def assert_close(actual, expected, steps, loss=1.0):
     """Equal but for rounding in float32, or `loss` times as much, at values near 1.
 
-    Two programs for the same steps differ in what XLA fuses, and so in the products and
-    sums that are rounded once instead of twice.
+    XLA fuses two programs for the same steps in different ways, and rounds other
+    products and sums once instead of twice.
     """
     bound = loss * rounding_bound(np.float32, steps)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)

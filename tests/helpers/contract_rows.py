@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public transformations, in their main variants, that the contract is for."""
+"""The rows of the contract: every public transformation, in its main variants.
+
+A new transformation needs one row here, and passes every check of tests/contract or
+says why not.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,14 +26,16 @@ from optax_rms import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """A transformation, and what of the contract it is known not to keep.
+    """A transformation, and the checks of the contract that it cannot pass.
 
     Attributes:
-      build: makes the transformation from the following, as named arguments.
+      name: of the row, in the names of its tests.
+      build: makes the transformation from ``numbers`` and ``options``, passed by name.
       numbers: arguments that may be traced; the first changes the trajectory.
       options: arguments that are fixed when the transformation is built.
-      exceptions: for the name of a check without ``test_``, why it cannot pass.
-      eps: the name of the argument that keeps the denominator from 0.
+      exceptions: the reason for each check that must fail, by the name of the check
+        without ``test_``: for example, ``{"masked": "sums over all leaves"}``.
+      eps: name of the argument that keeps the denominator from 0.
     """
 
     name: str
@@ -164,7 +170,7 @@ ROWS = [
 
 
 def every_row(check):
-    """Parametrize a check by all rows; one that a row excepts must fail."""
+    """Parametrize a check by all rows; a row with an exception for it must fail."""
     name = check.__name__.removeprefix("test_")
     return pytest.mark.parametrize(
         "row",

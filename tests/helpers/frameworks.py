@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frameworks that the library is compared with, as far as they are installed."""
+"""The installed frameworks, for tests that compare the library with them."""
 
 import importlib
 import importlib.util
@@ -11,10 +11,10 @@ import pytest
 
 
 def require(name: str) -> ModuleType:
-    """Import a framework, or skip the module that asks for it.
+    """Import a framework, or skip the calling module where it is missing.
 
-    A newcomer need not install what only the tests of parity want. Where everything is
-    meant to be there, OPTAX_RMS_REQUIRE_PARITY=1 makes a missing framework an error.
+    Only tests of parity need the frameworks, so that a newcomer can do without. With
+    OPTAX_RMS_REQUIRE_PARITY=1 a missing framework is an error: for example, in CI.
     """
     try:
         return importlib.import_module(name)
@@ -28,9 +28,9 @@ def require(name: str) -> ModuleType:
 
 
 def require_submodule(name: str) -> ModuleType:
-    """`require` a module without running the packages that it is in.
+    """`require` a module without running the ``__init__`` of its packages.
 
-    timm needs torchvision to be imported, and its optimizers do not.
+    For example, `import timm` needs torchvision, and `timm.optim.rmsprop_tf` does not.
     """
     packages = name.split(".")[:-1]
     spec = importlib.util.find_spec(packages[0])
@@ -43,6 +43,6 @@ def require_submodule(name: str) -> ModuleType:
         sys.modules[package.__name__] = package
     try:
         return importlib.import_module(name)
-    finally:  # Whoever imports the package later gets the whole of it.
+    finally:  # A later import of the package gets the whole of it.
         for module in [m for m in sys.modules if m.split(".")[0] == packages[0]]:
             del sys.modules[module]

@@ -13,7 +13,7 @@ from helpers.running import run
 from helpers.trajectory import alternating_stream
 
 with warnings.catch_warnings():
-    # Not ours to fix: Keras and what it imports use what others have deprecated.
+    # Keras, and packages that Keras imports, use deprecated functions of others.
     warnings.simplefilter("ignore", DeprecationWarning)
     keras = require("keras")
 
@@ -61,7 +61,7 @@ def join(tree):
 
 
 def built_optimizer(params, excluded=None, **options):
-    """An optimizer of Keras, and the variables that it is built for."""
+    """An optimizer of Keras, built, and its variables."""
     variables = [keras.Variable(value, name=name) for name, value in params.items()]
     optimizer = keras.optimizers.RMSprop(**options)
     if excluded:
@@ -74,8 +74,8 @@ def built_optimizer(params, excluded=None, **options):
 def run_keras(optimizer, variables, gradients):
     """Trajectories of the parameters and of the optimizer's variables, by name.
 
-    The steps are those of Keras' own training loop on JAX; the variables are left as
-    after the last of them.
+    The steps are those of Keras' own training loop on JAX. Afterwards the variables
+    have the values of the last step.
     """
 
     @jax.jit
@@ -124,8 +124,9 @@ def path_error(trajectory, expected, start=0.0):
 def stream_for(steps, options):
     """Gradients on which the options show, and Keras' own rounding does not.
 
-    Centered, Keras subtracts: it is compared where the variance is most of E[g^2], as
-    the signs alternate, from step to step and not from call to call.
+    The centered variant of Keras subtracts, and is compared where the variance is most
+    of E[g^2]: the signs of the gradients alternate from step to step, and not from call
+    to call.
     """
     if options.get("centered"):
         calls = options.get("gradient_accumulation_steps") or 1

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSProp in float64 NumPy, slow and plain, and gradients that tell dialects apart.
 
-Written from Hinton's lecture 6e (2012) and Graves (2013, eq. 38-45). It shares no code
-with the library and forms the centered variance from a float64 mean by its definition.
+Written from Hinton's lecture 6e (2012) and Graves (2013, eq. 38-45), without any code
+of the library. The centered variance is formed from a float64 mean by definition.
 """
 
 import numpy as np
 
-# What distinguishes the dialects, apart from their default hyperparameters. In each the
-# hyperparameters mean the same, so that one data set can be tried against all of them.
+# The differences between the dialects, apart from default hyperparameters. Names of
+# hyperparameters mean the same in each, so that all can be tried on one data set.
 DIALECTS = {
     "optax": {"eps_in_sqrt": True, "initial_scale": 0.0, "lr_in_momentum": True},
     "torch": {"eps_in_sqrt": False, "initial_scale": 0.0, "lr_in_momentum": False},

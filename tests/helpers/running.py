@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which the tests run a transformation."""
+"""Transformations run on streams of gradients."""
 
 import functools
 from typing import Any, Literal, NamedTuple

@@ -51,7 +51,7 @@ def run_jax(tx, params, gradients, state=None):
 def compare(optimizer_class, dialect, options, gradients, rates, start=0.0):
     """Run one array in both, compare the states, and return the worst difference.
 
-    It is that of the parameters, relative to the length of their paths.
+    The difference is that of the parameters, relative to the length of their paths.
     """
     start = np.full(gradients.shape[1:], start, gradients.dtype)
     optimizer = make_optimizer(optimizer_class, {"p": start}, **options)

@@ -28,7 +28,7 @@ def x64():
 
 
 def alternating_stream(steps, eps=1e-8, seed=0):
-    """Gradients of shape (steps, 6), float32, of which the variance is most of E[g^2].
+    """Gradients of shape (steps, 6), float32, whose variance is most of E[g^2].
 
     Hence E[g^2] - E[g]^2 does not cancel, and centered optimizers that subtract can be
     compared. The first gradient is 0: the variance of one sample would be all rounding.

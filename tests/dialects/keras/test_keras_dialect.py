@@ -83,7 +83,7 @@ def test_parameters_are_needed(options):
         tx.update(gradients, tx.init(params))
 
 
-def test_bad_trees():
+def test_bad_trees_are_reported():
     params, gradients = params_and_gradients()
     tx = keras.rmsprop(gradient_accumulation_steps=2)
     state = tx.init(params)
@@ -418,7 +418,7 @@ def test_names_of_the_optimizer():
     assert set(map(tuple, seen)) == {("net_kernel", "net_bias")}
 
 
-def test_own_schedule():
+def test_schedule_without_a_configuration():
     """A schedule of the user, of which Keras has no configuration."""
 
     def get_config():
@@ -510,7 +510,7 @@ BAD_NAMES = {
 
 
 @pytest.mark.parametrize(("names", "message"), BAD_NAMES.values(), ids=BAD_NAMES)
-def test_bad_names(names, message):
+def test_bad_names_are_reported(names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         keras.import_state(RMSprop(), convert, names)
 
@@ -543,7 +543,7 @@ def test_bad_conversions(bad):
         keras.import_state(RMSprop(), bad, NAMES)
 
 
-def test_bad_exports():
+def test_bad_exports_are_reported():
     optimizer = RMSprop()
     _, state = keras.import_state(optimizer, convert, NAMES)
 

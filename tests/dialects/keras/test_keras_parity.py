@@ -299,7 +299,7 @@ def test_centered_is_finite_where_keras_is_not():
 
 @pytest.mark.parametrize("kind", ["clipnorm", "clipvalue", "global_clipnorm"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_clipping_of_what_is_not_finite(kind, bad):
+def test_clipping_of_infinity_and_nan(kind, bad):
     stream = np.ones((1, 12), "f")
     stream[0, 5] = bad
     theirs = keras_trajectory(stream, **{kind: 0.5})

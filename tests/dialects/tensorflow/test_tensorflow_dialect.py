@@ -178,7 +178,7 @@ class TestImport:
             ):
                 assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
 
-    def test_another_name(self):
+    def test_slots_of_an_optimizer_with_another_name(self):
         variables = {k.replace("RMSProp", "Opt"): v for k, v in graph().items()}
         _, state = import_graph(variables, optimizer="Opt")
         np.testing.assert_array_equal(state[0].nu["b"], full(4, (3,)))
@@ -206,7 +206,7 @@ class TestImport:
             tx.update(gradients, state)[0], expected.update(gradients, state)[0]
         )
 
-    def test_arguments_come_before_what_is_stored(self):
+    def test_arguments_come_before_stored_settings(self):
         tx, state = import_legacy(legacy(), rho=0.0)
         _, state = tx.update(full(3.0), state)
         np.testing.assert_array_equal(state[0].nu, full(9))
@@ -362,7 +362,7 @@ GRAPH_DAMAGE = {
 
 class TestDamage:
     @pytest.mark.parametrize("kind", GRAPH_DAMAGE)
-    def test_of_a_graph(self, kind):
+    def test_damaged_graph_is_reported(self, kind):
         damage, arguments, message = GRAPH_DAMAGE[kind]
         with pytest.raises(ValueError, match=message):
             import_graph(damage(graph()), **arguments)
@@ -399,7 +399,7 @@ class TestDamage:
             ),
         ],
     )
-    def test_of_legacy_keras(self, changes, arguments, message):
+    def test_damaged_legacy_keras_is_reported(self, changes, arguments, message):
         variables = {k: v for k, v in (legacy() | changes).items() if v is not None}
         with pytest.raises(ValueError, match=message):
             import_legacy(variables, **arguments)
@@ -430,7 +430,7 @@ class TestDamage:
             (lambda v: {"w": v["dense/weight"]}, "KeyError"),
         ],
     )
-    def test_of_the_conversion(self, convert, message):
+    def test_bad_conversion_is_reported(self, convert, message):
         with pytest.raises(ValueError, match=message):
             import_graph(graph(), convert)
 

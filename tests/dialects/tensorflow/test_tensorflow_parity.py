@@ -268,7 +268,7 @@ def test_a_run_handed_over_and_back(name):
 
 
 @pytest.mark.parametrize("name", golden.HEADER["checkpoints"])
-def test_importing_what_was_exported_changes_no_bit(name):
+def test_export_and_import_change_no_bit(name):
     checkpoint = Checkpoint(name, 25)
     _, state = checkpoint.import_state(checkpoint.variables)
     exported = tensorflow.export_state(

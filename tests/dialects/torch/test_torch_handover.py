@@ -235,7 +235,7 @@ def test_export_to_a_new_optimizer():
     assert_same_bits(exported["state"], state_dict["state"])
 
 
-def test_names():
+def test_names_come_from_argument_state_dict_or_keys():
     """From the argument, else from the state dict, else the keys."""
     state_dict = make_state_dict()
     given = []
@@ -804,7 +804,7 @@ def rename(mapping, old, new):
 
 
 @pytest.mark.parametrize("name", EXPORT_DAMAGE)
-def test_what_does_not_fit_is_not_exported(name):
+def test_states_that_do_not_fit_are_not_exported(name):
     function, message = EXPORT_DAMAGE[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         function()
