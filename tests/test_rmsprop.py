@@ -216,13 +216,12 @@ def test_vmap_over_hyperparameters(nesterov, lr_in_momentum):
         return rmsprop(rate, decay, eps, momentum=momentum, **options)
 
     @jax.vmap
-    def run(*hyperparameters):
-        tx = build(*hyperparameters)
-        _, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)
-        return jnp.cumsum(u, axis=0)
+    def run_all(*hyperparameters):
+        updates = run(build(*hyperparameters), g, how="scan").updates
+        return jnp.cumsum(updates, axis=0)
 
     values = (rates, momenta, decays, eps)
-    together = run(*map(jnp.array, values))
+    together = run_all(*map(jnp.array, values))
     for i, hyperparameters in enumerate(zip(*values, strict=True)):
         alone = run(build(*hyperparameters), g).path
         # 1 - decay of a traced decay is exact to an ulp of 1 only.

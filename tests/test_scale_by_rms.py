@@ -352,12 +352,12 @@ def test_float16_squares_neither_overflow_nor_vanish(g):
 def unrolled(variant):
     """A number that depends on every update, from gradients and hyperparameters."""
 
-    def run(g, decay, eps, initial_scale):
+    def total(g, decay, eps, initial_scale):
         tx = scale_by_rms(decay, eps, initial_scale, **variant)
-        _, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)
+        u = run(tx, g, how="scan").updates
         return jnp.sum(jnp.sin(u + jnp.arange(len(g), dtype=u.dtype)[:, None]))
 
-    return jax.jit(run)
+    return jax.jit(total)
 
 
 def ten_gradients_from_zero():
@@ -406,12 +406,11 @@ def test_vmap_over_hyperparameters(variant):
     decay, eps, scale = [0.5, 0.9, 0.99], [1e-8, 1e-4, 1.0], [0.0, 1.0, 2.0]
 
     @jax.vmap
-    def run(decay, eps, scale):
-        tx = scale_by_rms(decay, eps, scale, **variant)
-        _, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)
-        return jnp.cumsum(u, axis=0)
+    def run_all(decay, eps, scale):
+        updates = run(scale_by_rms(decay, eps, scale, **variant), g, how="scan").updates
+        return jnp.cumsum(updates, axis=0)
 
-    together = run(*map(jnp.array, (decay, eps, scale)))
+    together = run_all(*map(jnp.array, (decay, eps, scale)))
     for i, (d, e, s) in enumerate(zip(decay, eps, scale, strict=True)):
         alone = run(scale_by_rms(d, e, s, **variant), g).path
         # 1 - decay of a traced decay is exact to an ulp of 1 only.

@@ -6,6 +6,7 @@ import functools
 import pickle
 from typing import Any, ClassVar, NamedTuple
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers.running import step
 from helpers.trajectory import x64
 
 from optax_rms import rmsprop
@@ -108,11 +110,7 @@ def _compressed(case):
 
 @functools.cache
 def compiled_step(tx):
-    def step(p, state, g):
-        updates, state = tx.update(g, state, p)
-        return optax.apply_updates(p, updates), state
-
-    return jax.jit(step)
+    return jax.jit(functools.partial(step, tx))
 
 
 def train(tx, steps, first=0, p=None, state=None):
@@ -124,18 +122,13 @@ def train(tx, steps, first=0, p=None, state=None):
     return p, state
 
 
-def signature(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(np.shape(x), x.dtype) for x in leaves]
+assert_same_types = chex.assert_trees_all_equal_shapes_and_dtypes
 
 
-def assert_same(a, b, rtol=0.0):
-    """The same trees: integers equal, other numbers within ``rtol``."""
-    assert signature(a) == signature(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        exact = jnp.issubdtype(x.dtype, jnp.integer)
-        x, y = (np.asarray(v).astype(np.float64) for v in (x, y))
-        np.testing.assert_allclose(x, y, rtol=0.0 if exact else rtol)
+def assert_same(actual, expected, rtol=0.0):
+    """Equal up to ``rtol``, which leaves codes and counts no room to differ."""
+    assert_same_types(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=0.0)
 
 
 def fields_of(path, formats):
@@ -149,8 +142,8 @@ def test_codes_stand_in_for_the_arrays_of_the_fields_alone(case):
     plain = inner.init(params())
     state = tx.init(params())
     _, after = jax.eval_shape(tx.update, gradients(0), state, params())
-    assert signature(after) == signature(state)
-    assert signature(decompress_state(state)) == signature(plain)
+    assert_same_types(after, state)
+    assert_same_types(decompress_state(state), plain)
     codes = 0
     for (path, code), (plain_path, value) in zip(
         jax.tree_util.tree_leaves_with_path(state.inner_state),
@@ -366,8 +359,8 @@ def test_dtypes_are_those_of_the_inner_transformation():
     state = tx.init(p)
     for _ in range(2):
         updates, state = tx.update(p, state, p)
-    assert signature(updates) == signature(p)
-    assert signature(state) == signature(tx.init(p))
+    assert_same_types(updates, p)
+    assert_same_types(state, tx.init(p))
     adam = state.inner_state[0]
     assert jax.tree.map(lambda x: str(x.dtype), adam.mu) == jax.tree.map(
         lambda x: str(x.dtype), p
@@ -550,11 +543,8 @@ def compiled_step_of(tx, shape):
     p = jax.ShapeDtypeStruct(shape, jnp.float32)
     state = jax.eval_shape(tx.init, p)
 
-    def step(p, state, g):
-        updates, state = tx.update(g, state, p)
-        return optax.apply_updates(p, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(p, state, p).compile()
+    compiled = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
+    return compiled.lower(p, state, p).compile()
 
 
 @pytest.mark.parametrize(
@@ -635,7 +625,7 @@ def test_a_run_can_begin_and_end_without_compression():
     inner, tx, _ = build("rmsprop")
     p, state = train(inner, 3)
     compressed = recompress_state(tx.init(p), state)
-    assert signature(compressed) == signature(tx.init(p))
+    assert_same_types(compressed, tx.init(p))
     view = decompress_state(compressed)
     for field, format in [("nu", UE6M2), ("trace", SE5M2)]:
         for x, y in zip(
@@ -649,7 +639,7 @@ def test_a_run_can_begin_and_end_without_compression():
             assert np.any(x != y)
     # What has been rounded once stays, and the run goes on from it.
     assert_same(recompress_state(compressed, view), compressed)
-    assert signature(train(inner, 1, 3, p, view)[1]) == signature(state)
+    assert_same_types(train(inner, 1, 3, p, view)[1], state)
 
 
 def test_groups_of_parameters_may_have_formats_of_their_own():
@@ -661,9 +651,9 @@ def test_groups_of_parameters_may_have_formats_of_their_own():
     )
     plain = optax.partition({"large": adam, "small": adam}, labels)
     state = tx.init(params())
-    assert signature(decompress_state(state)) == signature(plain.init(params()))
+    assert_same_types(decompress_state(state), plain.init(params()))
     p, state = train(optax.chain(tx), 2)
-    assert signature(decompress_state(state)[0]) == signature(plain.init(p))
+    assert_same_types(decompress_state(state)[0], plain.init(p))
     assert_same(recompress_state(state, decompress_state(state)), state)
     elements = {k: c.elements for k, c in count_extremes(state).items()}
     assert elements == {"nu": 12 + 5, "mu": 12}

@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import running
+from helpers.comparison import assert_same_bits
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
@@ -41,16 +43,9 @@ half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 bits = pytest.mark.parametrize("residual_bits", [8, 16])
 
 
-def apply(params, updates):
-    """``optax.apply_updates`` where it may add float32 to bfloat16."""
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.apply_updates(params, updates)
-
-
 def step(tx, params, state, gradients):
     with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction needs it.
-        updates, state = tx.update(gradients, state, params)
-    return apply(params, updates), state
+        return running.step(tx, params, state, gradients)
 
 
 def float64(x):
@@ -239,12 +234,12 @@ def run(tx, params, gradients):
     Inside one compiled program, XLA contracts a product and a sum to a fused
     multiply-add where it sees fit, so that no two programs agree to the last bit.
     """
-    state, trajectory = tx.init(params), []
-    for g in gradients:
-        params, state = step(tx, params, state, g)
-        wide = params if params.dtype == jnp.float32 else master_weights(params, state)
-        trajectory.append(np.asarray(wide))
-    return np.stack(trajectory)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction needs it.
+        history = running.run(tx, gradients, params)
+    if params.dtype == jnp.float32:
+        return history.params
+    steps = [running.at(history, t) for t in range(len(gradients))]
+    return np.stack([master_weights(after.params, after.state) for after in steps])
 
 
 @pytest.mark.parametrize("name", INNER)
@@ -494,13 +489,6 @@ MIXED = {
     "none": None,
     "masked": optax.MaskedNode(),
 }
-
-
-def assert_same_bits(tree, expected):
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @bits
