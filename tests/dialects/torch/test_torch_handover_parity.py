@@ -578,7 +578,7 @@ def test_prefixes_are_removed(kind):
     _, expected = dialect.import_state(unnamed, clean, dict(model.named_parameters()))
     for state_dict, names in ((saved, None), (saved, named), (unnamed, named)):
         _, state = dialect.import_state(state_dict, clean, names, strip_prefix=prefix)
-        assert bits(state) == bits(expected)
+        assert_same_bits(state, expected)
     exported = dialect.export_state(
         state, lambda params: params, like=saved, strip_prefix=[prefix]
     )
