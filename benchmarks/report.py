@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from benchmarks.record import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -67,7 +69,7 @@ def centered(results: pathlib.Path) -> str:
             f"`{row['optimizer']}`",
             version_of(row["optimizer"], result["versions"]),
             "yes" if row["centered"] else "no",
-            f"{row['eps']:g}",
+            f"`{np.format_float_scientific(row['eps'], trim='-', exp_digits=1)}`",
             str(row["nan_weights"]),
             two_figures(row["longest_step"]),
         )
@@ -99,7 +101,7 @@ def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
         for (comparison, side), texts in cells.items()
         if side != "copy"
     ]
-    return markdown(("comparison", "", *columns), rows)
+    return markdown(("comparison", "optimizer", *columns), rows)
 
 
 def milliseconds(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
@@ -129,7 +131,15 @@ def memory(results: pathlib.Path, device: str) -> str:
         reason = row.get("not_measured")
         texts = (reason or per_parameter(row[column]) for column in columns)
         rows.append((f"`{row['side']}`", row["dtype"], *texts))
-    head = ("", "parameters", "state", "must move", "moves", "temporary", "peak")
+    head = (
+        "optimizer",
+        "parameters",
+        "state",
+        "must move",
+        "moves",
+        "temporary",
+        "peak",
+    )
     return markdown(head, rows)
 
 
@@ -145,7 +155,7 @@ def compiled(results: pathlib.Path) -> str:
         "collectives": "collectives",
         "kernels": f"kernels for {leaves} leaves",
     }
-    head = dict.fromkeys(("", "parameters", "must move"))
+    head = dict.fromkeys(("optimizer", "parameters", "must move"))
     cells: dict[tuple[str, ...], list[str]] = {}
     for row in result["measured"]["rows"]:
         key = f"`{row['side']}`", row["dtype"], per_parameter(row["limit"])
@@ -183,7 +193,7 @@ def quality(results: pathlib.Path, name: str = "quality") -> str:
             texts.append(" / ".join(map(marked, changes)))
         rows.append((task, *texts))
     summary = (f"{n} of {2 * len(rows)}" for n in outside.values())
-    head = ("", "", "float32: training / validation loss", *outside)
+    head = ("network", "optimizer", "float32: training / validation loss", *outside)
     return markdown(head, [*rows, ("outside", "", "", *summary)])
 
 
@@ -228,7 +238,7 @@ def stored_roots(results: pathlib.Path) -> str:
         )
         texts.append(f"{100 * (length - 1):+.1f} %, {bias:+.2f} ± {noise:.2g}")
     rows = [(*cell, *texts) for cell, texts in cells.items()]
-    return markdown(("", "", *list(formats)[1:]), rows)
+    return markdown(("network", "optimizer", *list(formats)[1:]), rows)
 
 
 def stages(results: pathlib.Path, device: str) -> str:

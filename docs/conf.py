@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the documentation site: sphinx-build -W docs docs/_build."""
 
+import re
 from importlib.metadata import version as installed_version
 
 from docutils import nodes
@@ -12,7 +13,7 @@ version = release = installed_version("optax-rms")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["mathematics.css"]
+html_css_files = ["pages.css"]
 # Browsers display MathML without a script and without a network. MathJax, the default,
 # comes from a server, and a page without a network shows the TeX source.
 html_math_renderer = "mathml"
@@ -26,8 +27,11 @@ napoleon_include_init_with_doc = False
 
 def write_mathml(translator, node):
     """Write a formula as MathML; TeX that docutils cannot convert fails the build."""
-    is_block = isinstance(node, nodes.math_block)
-    mathml = tex2mathml(node.astext(), as_block=is_block)
+    tex, is_block = node.astext(), isinstance(node, nodes.math_block)
+    if re.search(r"(frac|sqrt|\^|_) *\d\d", tex):
+        # docutils reads the digits as one number: \frac12 becomes 12 over the next term.
+        raise ValueError(f"{tex!r} needs braces, for example \\frac{{1}}{{2}}")
+    mathml = tex2mathml(tex, as_block=is_block)
     # A wide formula scrolls in a box of its own, and the page does not.
     box = f'<div class="formula">{mathml}</div>' if is_block else mathml
     translator.body.append(box)

@@ -114,8 +114,8 @@ def test_centered_has_the_longest_step_beside_the_count_of_nan(tmp_path):
     content = HEADER | {"measured": {"centered": rows}}
     (tmp_path / "fidelity.json").write_text(json.dumps(content))
     assert body(tmp_path, "centered") == [
-        "| `jax.rmsprop` | 1.2.3 | yes | 1e-08 | 7 | 3,600,000 |",
-        "| `jax.rmsprop` | 1.2.3 | no | 0.01 | 0 | 3.2 |",
+        "| `jax.rmsprop` | 1.2.3 | yes | `1e-8` | 7 | 3,600,000 |",
+        "| `jax.rmsprop` | 1.2.3 | no | `1e-2` | 0 | 3.2 |",
     ]
 
 
