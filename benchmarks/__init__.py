@@ -7,8 +7,8 @@ import os
 # A run of JAX and of PyTorch share the memory of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# By default, PyTorch's threads spin while they wait. That takes cores from the next
-# side, and slows PyTorch down a hundred times wherever another program runs besides.
+# By default, PyTorch's threads spin while they wait. Spinning takes cores from the next
+# side, and slows PyTorch down a hundred times beside another program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# The time to compile is measured, not that to find what another run compiled.
+# Without this, a measured compilation may only load the result of an earlier run.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")

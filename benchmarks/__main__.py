@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import record
 
-# What depends on the device is kept for each device.
+# Whether the results depend on the device, and have a file for each device.
 PARTS = {
     "update_step": True,
     "growth": True,

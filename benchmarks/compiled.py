@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA makes of a step on an H100 and on a TPU v5e, read from the programs.
+"""Bytes and kernels of a step, as XLA compiles it for an H100 and for a TPU v5e.
 
     pip install libtpu jax-cuda12-pjrt jax-cuda12-plugin nvidia-cuda-nvcc-cu12
     python -m benchmarks.compiled
 
-The compilers need no such device, only these packages, in the versions that belong to
-the installed jax. Nothing runs, so this tells what a step moves and how many kernels it
+The compilers need no such device, only these packages, in the versions of the installed
+jax. No step runs: the programs show the bytes that a step moves and the kernels that it
 launches, but not how long it takes.
 """
 
@@ -71,7 +71,7 @@ MANY_LEAVES = "GPT-2 124M"
 ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%\S+) = (.*?) ([a-z][a-z-]*)\((.*?)\)", re.M)
 COLLECTIVE = re.compile(r" (?:all-|collective-|reduce-scatter)[a-z-]*(?<!-done)\(")
-# These name memory, or wait for what others move.
+# These operations name memory, or wait for another operation that moves bytes.
 FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple", "copy-done"}
 
 
@@ -107,7 +107,7 @@ def measure(progress: Callable[..., Any] = tqdm) -> dict[str, Any]:
 
 
 def compile_step(side: str, shapes: Shapes, dtype: str, mesh: Mesh) -> Any:
-    """The step that every user writes, for devices that need not exist.
+    """The step that every user writes, for devices that may be absent.
 
     Matrices are in shards along both axes, all else is replicated.
     """
@@ -125,7 +125,7 @@ def compile_step(side: str, shapes: Shapes, dtype: str, mesh: Mesh) -> Any:
 
 
 def moved_bytes(program: str) -> int:
-    """What the instructions of a compiled program read from memory and write to it.
+    """Bytes that the instructions of a compiled program read from and write to memory.
 
     Vector memory, which XLA marks ``S(1)``, is part of a TPU's core and does not count.
     """
@@ -133,7 +133,7 @@ def moved_bytes(program: str) -> int:
     total = 0
     for _, type, operation, operands in launches(program):
         total += bytes_in_memory(type)
-        # The type of a copy that starts has where it reads beside where it writes.
+        # The type of a copy-start already holds both source and destination.
         if operation != "copy-start":
             read = dict.fromkeys(re.findall(r"%[^\s,]+", operands))
             total += sum(bytes_in_memory(types[name]) for name in read)
@@ -145,13 +145,13 @@ def launches(program: str) -> list[tuple[str, ...]]:
 
 
 def instructions(program: str) -> list[tuple[str, ...]]:
-    """Name, type, operation and operands of what the entry of a program consists of."""
+    """Name, type, operation and operands of each instruction in a program's entry."""
     entry = program[program.index("\nENTRY ") :]
     return INSTRUCTION.findall(re.sub(r"/\*.*?\*/", "", entry))
 
 
 def bytes_in_memory(type: str) -> int:
-    """Size of the arrays of a type, such as ``(f32[8,4]{1,0}, u8[8,4]{1,0})``."""
+    """Size of the arrays of a type, for example ``(f32[8,4]{1,0}, u8[8,4]{1,0})``."""
     total = 0
     for bits, shape, layout in ARRAY.findall(type):
         if "S(" not in layout:
@@ -161,7 +161,7 @@ def bytes_in_memory(type: str) -> int:
 
 
 def main() -> None:
-    # Or JAX would look for the devices, in vain.
+    # Without these settings JAX looks for the devices, which do not exist.
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
     jax.config.update("jax_platforms", "cpu")
     print(record.save("compiled", measure()))

@@ -27,7 +27,7 @@ def resnet50() -> Shapes:
 
 
 def gpt2() -> Shapes:
-    """The smallest GPT-2; its output layer is its embedding.
+    """The smallest GPT-2; the output layer shares the embedding.
 
     Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, table 2, "Language Models are
     Unsupervised Multitask Learners"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step needs beside parameters and gradients, in bytes per parameter.
+"""Memory of a step beside parameters and gradients, in bytes per parameter.
 
-The state, the temporary arrays of the compiled step and the bytes that it accesses are
-read from the executable. A GPU's allocator also tells the peak, of a process of its own
-for each side, since JAX keeps the peak of the whole process.
+The size of the state, the temporary arrays and the bytes accessed come from the
+compiled step. On a GPU the allocator also reports the peak. Each side has a separate
+process for the peak, because JAX keeps one peak per process.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ CASES += [(side, "bfloat16") for side in BFLOAT16]
 def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
     shapes = [(1024, 1024)] if quick else [(4096, 4096)]
     rows = []
-    # On a CPU, PyTorch tells only the size of the state, and compiling takes long.
+    # On a CPU, PyTorch reports only the size of the state, and compiling takes long.
     is_told = jax.default_backend() == "gpu"
     cases = [case for case in CASES if is_told or peers.COMPILED not in case]
     for side, dtype in progress(cases, unit="optimizer"):

@@ -31,7 +31,7 @@ class Run(Protocol):
 
     Attributes:
       state_bytes: size of the optimizer's state.
-      moved_bytes: what a step must read and write: gradients once, parameters and
+      moved_bytes: bytes that a step must read and write: gradients once, parameters and
         state twice.
     """
 
@@ -109,10 +109,10 @@ class JaxRun:
 
 
 def compile_stages(step: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """Compile a step, its first two arguments donated; and the seconds per stage."""
-    # Of this library, the functions of leaves are traced once for all optimizers.
+    """Compile a step with two donated arguments; return also the seconds per stage."""
+    # This library caches the traced function of a leaf for all optimizers.
     jax.clear_caches()
-    gc.collect()  # or what another side left behind is collected in this one's time
+    gc.collect()  # otherwise the garbage of another side is collected in this time
     times = [time.perf_counter()]
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)
     times.append(time.perf_counter())
@@ -140,7 +140,7 @@ def jax_run(make: Callable[[], optax.GradientTransformation], leaves: Leaves) ->
 
 
 def keras_run(leaves: Leaves) -> JaxRun:
-    """Keras' own function for use within `jax.jit`, compiled as the others are."""
+    """Keras' own function for use within `jax.jit`, compiled like the other sides."""
     keras = module("keras")
     variables = [keras.Variable(p) for p in leaves.jax_params()]
     optimizer = keras.optimizers.RMSprop(LEARNING_RATE)
@@ -149,7 +149,7 @@ def keras_run(leaves: Leaves) -> JaxRun:
     def step(params, state, gradients):
         return optimizer.stateless_apply(state, gradients, params)
 
-    # Donated, these arrays are lost to Keras' variables, which nobody reads again.
+    # Donation invalidates the arrays of Keras' variables, which are not read again.
     params, state = ([v.value for v in vs] for vs in (variables, optimizer.variables))
     return JaxRun(step, params, state, leaves.jax_gradients)
 
@@ -210,7 +210,7 @@ def bitsandbytes_run(name: str, leaves: Leaves) -> TorchRun:
 
 
 class Copy:
-    """Reads and writes one large array in place: what the memory can do.
+    """Reads and writes one large array in place, at the bandwidth of the memory.
 
     Args:
       moved_bytes: how many bytes to read and write, together; above 512 MB, when no
@@ -234,7 +234,7 @@ def size(tree: Any) -> int:
 
 
 def module(name: str, is_imported: bool = True) -> Any:
-    """Import a peer, or only make sure that it is there."""
+    """Import a peer, or only check that the peer is installed."""
     if importlib.util.find_spec(name) is None:
         raise NotMeasured("not installed")
     return importlib.import_module(name) if is_imported else None
@@ -303,7 +303,7 @@ SIDES: dict[str, Callable[[Leaves], Run]] = {
 }
 
 
-# With a thousand leaves these take several minutes to compile, on a CPU.
+# With a thousand leaves these sides take several minutes to compile, on a CPU.
 MOST_LEAVES = {SPLIT: 200, COMPILED: 200}
 
 
@@ -313,7 +313,7 @@ def choose(names: list[str], quick: bool) -> list[str]:
 
 
 def start(names: list[str], leaves: Leaves) -> tuple[dict[str, Run], dict[str, str]]:
-    """The runs of these sides; and, of those that are not to be had, the reasons."""
+    """The runs of these sides, and the reasons for the missing sides."""
     runs, reasons = {}, {}
     for name in names:
         if len(leaves.shapes) > MOST_LEAVES.get(name, math.inf):

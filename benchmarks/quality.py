@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether networks train as well when moments are kept in one or two bytes.
+"""Training with moments in one or two bytes, compared with training in float32.
 
     python -m benchmarks.quality
     python -m benchmarks.quality --quick
@@ -7,8 +7,8 @@
 
 Three tasks, three optimizers, three decays, five seeds. For each format the runs start
 from the same weights and see the same batches as the float32 runs, at the same learning
-rate. A float32 optimizer goes along, without any effect, and is given the same
-gradients: against it the length of the steps and the stored root are measured.
+rate. Beside each run a float32 optimizer gets the same gradients, without an effect on
+the weights, as the reference for the length of the steps and for the stored root.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Nearest(optax_rms.Minifloat):
-    """A format without stochastic rounding, to show what that is for."""
+    """A format without stochastic rounding, to show the effect of such rounding."""
 
     def encode(self, x, bits, step=0):
         return super().encode(x, 2**31, step)
@@ -52,9 +52,9 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: from learning rate and decay.
-      field: what its state calls the squares.
+      field: name of the squares in the state, for example ``"nu"``.
       eps: added to the squares or, if not ``eps_in_sqrt``, to their root.
-      decays: to train with; Adagrad forgets nothing.
+      decays: to train with; Adagrad has 1.
       learning_rate: the best of 1 and 3 times the powers of ten, on each of the tasks,
         by the validation loss of float32 at decay 0.99.
     """
@@ -101,7 +101,7 @@ OPTIMIZERS = {
 
 
 def fitted(optimizer: Optimizer, decay: float) -> optax_rms.Minifloat:
-    """One byte in the window of the optimizer's eps, which knows its decay."""
+    """One byte, fitted to the eps and the decay of the optimizer."""
     window = optax_rms.UE6M2.for_eps(optimizer.eps, optimizer.eps_in_sqrt)
     return dataclasses.replace(window, decay=decay)
 
@@ -118,7 +118,7 @@ UNBIASED = ("UE8M8", "UE6M2", "UE6M2, fitted")
 
 
 class Outcome(NamedTuple):
-    """Of one run; the last two are averages over its last tenth.
+    """Results of one run; the last two are averages over the last tenth of the run.
 
     Attributes:
       root_bias: mean, over weights, of the logarithm of the stored denominator relative
@@ -139,7 +139,7 @@ class Outcome(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What runs of one seed have in common, whatever they store.
+    """The start of all runs of one seed, the same for each format.
 
     Attributes:
       seed: uint32.
@@ -175,7 +175,7 @@ def train(
         tx, state = reference, shadow
     else:
         tx = optax_rms.compress_state(reference, **{optimizer.field: format})
-        # Members of a vmap would be rounded by the same bits.
+        # Without this, the members of a vmap would be rounded by the same bits.
         rounding_step = start.seed * np.uint32(2**20)
         state = tx.init(start.params)._replace(rounding_step=rounding_step)
 
@@ -244,7 +244,7 @@ def measure(quick: bool, progress: Any = tqdm) -> dict[str, Any]:
 def repeat(first: dict[str, Any], progress: Any = tqdm) -> dict[str, Any]:
     """Trains with new seeds where a format of `UNBIASED` was apart from float32.
 
-    Of many cells some are apart by chance, and by chance they are not so again.
+    Among many cells some are apart by chance, and not again with other seeds.
     """
     apart = report.apart(first["rows"], UNBIASED)
     cells = [

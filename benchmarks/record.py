@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every result file says about where its numbers come from."""
+"""The origin of the numbers, in every result file: machine, versions, commit."""
 
 import datetime
 import importlib.metadata
@@ -47,7 +47,7 @@ def save(name: str, measured: Any, folder: pathlib.Path = RESULTS) -> pathlib.Pa
 
 
 def commit() -> str | None:
-    """The checked-out commit, marked if anything but results differs from it.
+    """The checked-out commit, marked if any file differs, except results.
 
     ``None`` where there is only a copy of the files.
     """
@@ -73,7 +73,7 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the packages that take part; ``None`` where not installed."""
+    """The versions of the compared packages; ``None`` if a package is not installed."""
     found = {}
     for package in PACKAGES:
         try:

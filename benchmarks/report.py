@@ -5,7 +5,7 @@
     python -m benchmarks.report --check            # fail if a table is not up to date
     python -m benchmarks.report --results FOLDER   # print the tables of other results
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
+A table is between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def memory(results: pathlib.Path, device: str) -> str:
 
 
 def compiled(results: pathlib.Path) -> str:
-    """A row for each optimizer, with what its programs for all devices need."""
+    """A row for each optimizer, with the bytes and kernels of its compiled programs."""
     result = read(results, "compiled")
     if result is None:
         return f"{NOT_MEASURED}\n"
@@ -175,7 +175,7 @@ def growth(results: pathlib.Path, device: str) -> str:
 
 
 def quality(results: pathlib.Path, name: str = "quality") -> str:
-    """How far each format is from float32, in standard deviations over the seeds."""
+    """Differences of each format from float32, in standard deviations over seeds."""
     result = read(results, name)
     if result is None:
         return f"{NOT_MEASURED}\n"
@@ -242,7 +242,7 @@ def stored_roots(results: pathlib.Path) -> str:
 
 
 def stages(results: pathlib.Path, device: str) -> str:
-    """Time of `optax_rms.rmsprop` before its first step, and that of Optax.
+    """Time before the first step, of `optax_rms.rmsprop` and of Optax.
 
     Both sides compiled the same leaves in the same rounds of one measurement.
     """
@@ -300,19 +300,19 @@ def version_of(api: str, versions: dict[str, str]) -> str:
 
 
 def deviations(row: dict[str, Any], exact: dict[str, Any], key: str) -> float:
-    """How much higher a mean is than in float32, in its standard deviations there."""
+    """Mean minus that of float32, in standard deviations of float32."""
     change = statistics.mean(row[key]) - statistics.mean(exact[key])
     return change / statistics.stdev(exact[key])
 
 
 def marked(x: float) -> str:
-    """With its sign, and bold beyond one."""
+    """A number with its sign, bold beyond one."""
     text = f"{x:+.1f}"
     return f"**{text}**" if abs(x) > 1 else text
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, to two figures of the latter."""
+    """Mean ± standard deviation, to two figures of the deviation."""
     deviation = statistics.stdev(values)
     digits = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
@@ -378,7 +378,7 @@ TABLES |= {
 
 
 def rendered(page: str, results: pathlib.Path = RESULTS) -> str:
-    """The text of a page with every table in it made anew."""
+    """The text of a page with all tables rendered from the results."""
     return TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]](results)}{m[3]}", page)
 
 
@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(results: pathlib.Path, images: pathlib.Path) -> None:
-    # So that --check does without matplotlib.
+    # Imported here, because --check does not need matplotlib.
     from benchmarks import figures
 
     for device in DEVICES:

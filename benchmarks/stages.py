@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time before the first step: to trace and lower it, and to compile it.
+"""Time before the first step: trace and lower, then compile.
 
 All sides compile the same float32 step for the same leaves, in a new random order each
 round. A thousand leaves of one shape are the best case for this library, which traces
@@ -52,7 +52,7 @@ def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
 
 
 def compare(shapes: Shapes, rounds: int) -> list[dict[str, Any]]:
-    """A row for each side, with the `summary` of its seconds by stage."""
+    """A row for each side, with a `summary` of the seconds for each stage."""
     count = len(shapes)
     sides = [side for side in COMPARED if count <= MOST_LEAVES.get(side, count)]
     samples: dict[str, list[dict[str, float]]] = {side: [] for side in sides}

@@ -23,7 +23,7 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A network, and what it is trained and validated on."""
+    """A network with its training set and its validation set."""
 
     network: nn.Module
     training: Examples
@@ -96,7 +96,7 @@ def character_model() -> Task:
     windows = np.lib.stride_tricks.sliding_window_view(codes, CONTEXT + 1)
     windows = jnp.asarray(windows, jnp.int32)
     examples = Examples(windows[:, :-1], windows[:, -1])
-    # The end of the text, lest validation windows share characters with training.
+    # The end of the text: validation windows share no characters with training.
     training, validation = (
         jax.tree.map(lambda x, part=part: x[part], examples)
         for part in (np.s_[:-10_000], np.s_[-10_000 + CONTEXT :: 5])

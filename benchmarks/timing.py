@@ -17,18 +17,18 @@ def alternate(
 ) -> dict[str, dict[str, float]]:
     """Time all sides in turn, in a new random order each round.
 
-    Whatever slows the machine down for a while thus slows down all sides.
+    A slow phase of the machine, for example another program, then affects all sides.
 
     Args:
-      sides: what is timed, by name; called with a number of steps, each must take them
-        and block until they are done.
+      sides: functions to time, by name; each takes a number of steps and blocks until
+        the last step is done.
       steps: how many steps a call takes.
       rounds: number of rounds, at least.
       seconds: go on for this long, but not for more than ten times the rounds.
-      warm_up: rounds before those that count.
+      warm_up: rounds that are not counted.
 
     Returns:
-      Of each side, the `summary` of its seconds per step.
+      The `summary` of the seconds per step of each side, by name.
     """
     order, shuffle = list(sides), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in sides}

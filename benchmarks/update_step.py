@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one step: update and apply, compiled together, in place.
 
-Each comparison is timed in one go, its sides in turn. A copy that takes part in it says
-how fast the memory is.
+The sides of a comparison take turns in one process. A copy takes turns with them and
+measures the bandwidth of the memory.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ COPY = "copy"
 
 
 class Comparison(NamedTuple):
-    """Sides, of which the first is the one that the others are compared with."""
+    """Sides to compare; all ratios are relative to the first side."""
 
     sides: list[str]
     dtype: str = "float32"

@@ -29,7 +29,7 @@ def write_mathml(translator, node):
     """Write a formula as MathML; TeX that docutils cannot convert fails the build."""
     tex, is_block = node.astext(), isinstance(node, nodes.math_block)
     if re.search(r"(frac|sqrt|\^|_) *\d\d", tex):
-        # docutils reads the digits as one number: \frac12 becomes 12 over the next term.
+        # docutils reads one number: \frac12 becomes 12 over the next term.
         raise ValueError(f"{tex!r} needs braces, for example \\frac{{1}}{{2}}")
     mathml = tex2mathml(tex, as_block=is_block)
     # A wide formula scrolls in a box of its own, and the page does not.

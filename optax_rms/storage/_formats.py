@@ -55,7 +55,7 @@ class Minifloat:
     * Noise of a second moment, unsigned: standard deviation of :math:`\log \sqrt{v}`
       for a moving average :math:`v` of squares of Gaussian numbers, measured against
       float32. The limit as the decay approaches 1, which is also the largest noise, is
-      :math:`\tfrac12 \sqrt{0.35 / M}`: 0.148 and 0.018. Noise :math:`\sigma` raises the
+      :math:`\sqrt{0.35 / M} / 2`: 0.148 and 0.018. Noise :math:`\sigma` raises the
       mean of :math:`1 / \sqrt{v}`, the length of an optimizer's steps, by
       :math:`1.5 \sigma^2`: by 1 to 3 % for `UE6M2`. Where the gradients of a network
       faded, up to 9 % were measured, and 13 % where they left the window.
