@@ -9,6 +9,7 @@ from optax_rms._scale_by_rms import ScaleByStddevState as ScaleByStddevState
 from optax_rms._scale_by_rms import scale_by_rms as scale_by_rms
 from optax_rms.monitoring import CodeCounts as CodeCounts
 from optax_rms.monitoring import count_extremes as count_extremes
+from optax_rms.placement import state_shardings as state_shardings
 from optax_rms.storage import SE5M2 as SE5M2
 from optax_rms.storage import SE8M7 as SE8M7
 from optax_rms.storage import UE6M2 as UE6M2

@@ -57,6 +57,8 @@ LAYERS = [
     ["_scale_by_rms"],
     ["monitoring.__init__"],
     ["monitoring._count_extremes"],
+    ["placement.__init__"],
+    ["placement._state_shardings"],
     ["storage.__init__"],
     ["storage._seed_rounding"],
     ["storage._master_weights", "storage._compress_state"],
