@@ -56,6 +56,11 @@ def test_mathematics_within_a_line_ends_in_this_line(page):
         assert line.count("$") % 2 == 0, line
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_table_is_empty(page):
+    assert "not measured" not in page.read_text()
+
+
 def test_tables_are_those_of_the_result_files():
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     stale = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
