@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published settings of RMSProp, each with its source, its dialect and its doubts.
+"""Published settings of RMSProp: source, dialect, and what is disputed.
 
-Numbers were read in the code that is named, unless it says that they are from memory:
-those were not looked up, and should be before they are relied on.
+Every number was read in the code that the docstring names, except numbers marked "from
+memory", which were not looked up: check them before you rely on them.
 
-An epsilon, and a bound on gradients, is of their scale, and so belongs to a loss that
-is a sum or a mean over the batch, whichever the source has.
+An epsilon, like a bound on gradients, has the scale of the gradients. Each recipe
+therefore says whether the loss is a sum or a mean over the batch: with a mean over 32
+samples, gradients are 32 times smaller than with a sum.
 """
 
 import jax.numpy as jnp
@@ -17,6 +18,23 @@ from optax_rms import _rmsprop
 from optax_rms.dialects import tensorflow, torch
 from optax_rms.dialects.keras import _schedules as schedules
 
+__all__ = [
+    "a2c",
+    "a3c",
+    "char_rnn",
+    "dqn",
+    "efficientnet",
+    "graves_handwriting",
+    "impala",
+    "inception_v3",
+    "mnasnet",
+    "mobilenet_v3",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def dqn(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformation:
     """Deep Q-network on Atari, as in Nature.
@@ -24,15 +42,16 @@ def dqn(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformation:
     Centered, with a decay of 0.95, epsilon 0.01 inside the root, averages from 0 and no
     momentum: the rule of DeepMind's Lua code, in ``NeuralQLearner.lua``.
 
-    Disputed is what the "gradient momentum 0.95" in the paper's table means. In that
-    code it is the decay of the mean gradient; there is no momentum. Reimplementations
-    differ: Dopamine has epsilon 1e-5 and averages from 1, for which use
+    The "gradient momentum 0.95" in the paper's table is disputed. In DeepMind's code
+    0.95 is the decay of the mean gradient, and there is no momentum. Reimplementations
+    differ: Dopamine has epsilon 1e-5 and averages that start from 1, that is,
     ``dialects.tensorflow.rmsprop(2.5e-4, 0.95, epsilon=1e-5, centered=True)``.
 
     The paper also clips the temporal difference to [-1, 1], and has batches of 32. The
     code sums the loss over the batch (from memory; so does pfrl's reproduction), and
-    epsilon is of the scale of such gradients: with a mean, steps are up to 32 times as
-    short. Multiply a mean by the batch size.
+    has the gradient of half the squared error. With a mean, gradients are 32 times
+    smaller next to the same epsilon, and steps up to 32 times shorter: multiply a mean
+    by the batch size.
 
     Args:
       learning_rate: a number or scalar array.
@@ -64,8 +83,9 @@ def impala(
 
     TensorFlow 1's dialect, where the mean square starts from 1, with a decay of 0.99,
     epsilon 0.1 and no momentum: the flags of DeepMind's ``experiment.py``, which does
-    not clip gradients. The loss is a sum over batch and time. A mean has gradients that
-    are smaller by as many times, next to which such an epsilon is everything.
+    not clip gradients. The loss is a sum over batch and time. With a mean over B * T
+    elements the gradients are B * T times smaller, and an epsilon of 0.1 dominates the
+    denominator.
 
     On Atari the paper has another epsilon, 0.01, and clips the global norm to 40 (both
     from memory). TorchBeast has these numbers in PyTorch's dialect:
@@ -75,7 +95,7 @@ def impala(
       total_steps: the number of updates until the learning rate is 0. The code counts
         frames, by default 1e9; an update takes batch size * unroll length * action
         repeats of them.
-      learning_rate: that of the first step.
+      learning_rate: the rate of the first step.
 
     Returns:
       A gradient transformation.
@@ -107,18 +127,18 @@ def a3c(
 ) -> optax.GradientTransformation:
     """A3C on Atari: the learning rate falls linearly to 0.
 
-    A decay of 0.99, epsilon 0.1 inside the root and no momentum: what an author of the
-    paper wrote to the author of async-rl, in whose wiki it is. That the mean square
-    starts from 0 is assumed. The workers share one mean square, as devices do here.
-    async-rl sums the loss over the steps between two updates: epsilon is of the scale
-    of such gradients.
+    A decay of 0.99, epsilon 0.1 inside the root and no momentum, from an e-mail of an
+    author of the paper that the wiki of async-rl quotes. A mean square that starts from
+    0 is an assumption. The workers share one mean square, as devices do here. async-rl
+    sums the loss over the steps between two updates, and epsilon has the scale of
+    gradients of this sum.
 
-    In the paper, the learning rate is one of many that were tried; and the gradient of
-    the value is halved, which belongs to the loss.
+    The paper tried many learning rates, and halves the gradient of the value, which is
+    a factor of the loss.
 
     Args:
       total_steps: the number of updates until the learning rate is 0.
-      learning_rate: that of the first step.
+      learning_rate: the rate of the first step.
 
     Returns:
       A gradient transformation.
@@ -148,17 +168,18 @@ def a2c(
 
     TensorFlow 1's dialect, where the mean square starts from 1, with a decay of 0.99,
     epsilon 1e-5 and no momentum, for a loss that is the mean over a batch. Baselines
-    evaluates the learning rate at the end of each batch; here it is that of its
-    beginning.
+    evaluates the learning rate at the end of each batch, this recipe at the beginning.
 
-    Stable-Baselines3 has the same numbers in PyTorch's dialect, and a constant learning
-    rate: ``dialects.torch.rmsprop(7e-4, 0.99, 1e-5)``. Its curves agree with the
-    original only with its ``RMSpropTFLike``, whose mean square starts from 1.
+    stable-baselines3 has the same numbers in PyTorch's dialect, a constant learning
+    rate, and the same clipping to 0.5:
+    ``optax.chain(optax.clip_by_global_norm(0.5), dialects.torch.rmsprop(7e-4, 0.99,
+    1e-5))``. Its curves agree with the original only with ``RMSpropTFLike``, where the
+    mean square starts from 1: ``dialects.torch.rmsprop_tf_like``.
 
     Args:
       total_steps: the number of updates until the learning rate is 0. Baselines counts
         80e6 time steps; an update takes environments * 5 of them.
-      learning_rate: that of the first step.
+      learning_rate: the rate of the first step.
 
     Returns:
       A gradient transformation.
@@ -187,15 +208,15 @@ def inception_v3(
     """Inception v3 on ImageNet: the learning rate is multiplied by 0.16 per 30 epochs.
 
     TensorFlow 1's dialect, where the mean square starts from 1, with a decay of 0.9, a
-    momentum of 0.9 and an epsilon of 1: TensorFlow's ``inception_train.py``. With such
-    an epsilon it is nearly gradient descent with momentum.
+    momentum of 0.9 and an epsilon of 1: TensorFlow's ``inception_train.py``. Such an
+    epsilon makes RMSProp nearly gradient descent with momentum.
 
     The paper has a learning rate of 0.045, times 0.94 per 2 epochs, and clips gradients
     to a norm of 2 (from memory).
 
     Args:
       steps_per_epoch: the number of batches in the data.
-      learning_rate: that of the first 30 epochs.
+      learning_rate: the rate of the first 30 epochs.
 
     Returns:
       A gradient transformation.
@@ -236,7 +257,7 @@ def efficientnet(
     Args:
       steps_per_epoch: the number of batches in the data.
       batch_size: the number of images in a batch, all devices together.
-      learning_rate: that after the warm-up; ``None`` is 0.016 * batch_size / 256.
+      learning_rate: the rate after the warm-up; ``None`` is 0.016 * batch_size / 256.
 
     Returns:
       A gradient transformation. The first step is 0, as the warm-up begins from there.
@@ -311,16 +332,17 @@ def mobilenet_v3(
 
     PyTorch's dialect, with epsilon outside the root and the learning rate outside the
     momentum: a decay of 0.9, a momentum of 0.9, epsilon 0.0316 and a weight decay of
-    1e-5. That epsilon is about the root of 0.001, which it stands for. torchvision has
-    batches of 8 * 128 images and 600 epochs.
+    1e-5. The epsilon outside the root, 0.0316, replaces an epsilon of 0.001 inside the
+    root: 0.0316 is the root of 0.001. torchvision has batches of 8 * 128 images and 600
+    epochs.
 
     The paper trains in TensorFlow 1's dialect, with a learning rate of 0.1 for batches
-    of 4096, times 0.99 per 3 epochs, and the same decay, momentum and weight decay. It
-    does not say which epsilon. (All of this paragraph is from memory.)
+    of 4096, times 0.99 per 3 epochs, and the same decay, momentum and weight decay, but
+    no epsilon is given. (All of this paragraph is from memory.)
 
     Args:
       steps_per_epoch: the number of batches in the data.
-      learning_rate: that of the first two epochs.
+      learning_rate: the rate of the first two epochs.
 
     Returns:
       A gradient transformation. Its ``update`` needs the parameters.
