@@ -42,9 +42,9 @@ def count_extremes(state: Any) -> dict[str, CodeCounts]:
       The counts of each field, over all of its arrays.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
-        other formats than it names. Compiled, the second case counts every code of the
-        field both as saturated and as zero.
+      ValueError: ``state`` contains no `CompressState`, or the codes were stored in
+        other formats than ``fields`` says. Compiled, the second case counts every code
+        of the field both as saturated and as zero.
 
     Example:
       >>> import jax.numpy as jnp

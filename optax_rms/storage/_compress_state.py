@@ -34,8 +34,8 @@ class CompressState(NamedTuple):
     """State of `compress_state`.
 
     Attributes:
-      rounding_step: number of updates so far, modulo 2^32, uint32 scalar. Together with
-        the position of an element it determines how the element is rounded.
+      rounding_step: number of updates so far, modulo 2^32, uint32 scalar. The random
+        bits of an element are a hash of this number and of the element's position.
       formats: fingerprint of ``fields``, uint32 scalar. A serialiser stores it beside
         the codes, so that codes of other formats are recognized.
       inner_state: state of the wrapped transformation, with codes in the compressed
@@ -133,7 +133,7 @@ def compress_state(
     Raises:
       ValueError: there are no formats, or that of ``mu`` or ``trace`` is not signed; in
         ``init``, a field does not exist or has no array that can be compressed; in
-        ``update``, the state has other formats, or its codes were stored in other
+        ``update``, the state has other formats, or the codes were stored in other
         formats. In a compiled ``update`` that second case makes all values of the
         compressed fields NaN.
       TypeError: a format is not a `Minifloat`; in ``update``, the state is not a
@@ -210,8 +210,8 @@ def decompress_state(state: Any) -> Any:
       transformation, with float32 values in place of the codes.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
-        other formats than it names.
+      ValueError: ``state`` contains no `CompressState`, or the codes were stored in
+        other formats than ``fields`` says.
 
     Example:
       >>> import jax.numpy as jnp
@@ -244,8 +244,8 @@ def recompress_state(state: Any, values: Any) -> Any:
       A state like ``state``, with the contents of ``values``, rounded stochastically.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
-        other formats than it names, or ``values`` differs from
+      ValueError: ``state`` contains no `CompressState`, or the codes were stored in
+        other formats than ``fields`` says, or ``values`` differs from
         ``decompress_state(state)`` in structure or in the shape of an array.
 
     Example:
@@ -267,8 +267,8 @@ def compressed_leaves(state: Any) -> Iterator[tuple[str, Minifloat, jax.Array]]:
     """Field, format and values of every compressed array, for levels as in step 0.
 
     Raises:
-      ValueError: ``state`` contains no `CompressState`, or its codes were stored in
-        other formats than it names.
+      ValueError: ``state`` contains no `CompressState`, or the codes were stored in
+        other formats than ``fields`` says.
     """
     for compressed in _compressed_states(state):
         formats, codes = _formats(compressed), compressed.inner_state

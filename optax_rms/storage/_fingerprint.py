@@ -39,10 +39,10 @@ def check_fingerprint(
       ValueError: ``stored`` is the fingerprint of other formats.
     """
     # flax.nnx.Optimizer keeps each array in a variable, which is a node of the tree.
-    (stored,) = jax.tree.leaves(stored)
-    if not _has_value(stored):
-        return jnp.all(stored == _crc32(formats))
-    if not np.all(np.asarray(stored) == _crc32(formats)):
+    leaves = jax.tree.leaves(stored)
+    if leaves and not _has_value(leaves[0]):
+        return jnp.all(leaves[0] == _crc32(formats))
+    if not leaves or not np.all(np.asarray(leaves[0]) == _crc32(formats)):
         raise ValueError(
             f"{transformation} reads this state in the formats {formats}, but its "
             "arrays were stored in other formats. Either the state is of another "

@@ -218,6 +218,7 @@ def test_every_eager_reader_refuses_codes_of_other_formats():
         lambda: recompress_state(state, plain),
         lambda: count_extremes(state),
         lambda: optax.chain(tx).update(PARAMS, (state,), PARAMS),
+        lambda: tx.update(PARAMS, state._replace(formats=None), PARAMS),
         lambda: decompress_state({"opt": (state,)}),
     ):
         with pytest.raises(ValueError, match=r"formats nu=UE6M2@-32, but .* other"):
