@@ -33,5 +33,7 @@ def strict_promotion():
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        # Parallel processes must collect the same names.
+        assert " at 0x" not in item.nodeid, f"a name with an address: {item.nodeid}"
         if item.path.stem.endswith("_parity"):
             item.add_marker("parity")

@@ -217,7 +217,6 @@ def test_everything_wrong_is_in_one_message():
         (optax.adam(0.1), rmsprop(0.1), "lacks"),
         (optax.sgd(0.1), rmsprop(0.1), "lacks"),
     ],
-    ids=str,
 )
 def test_refused_with_what_to_do(state, like, message):
     with pytest.raises(ValueError, match=message):
