@@ -180,7 +180,7 @@ def compress_state(
         checks.check_inexact_leaves("gradients", updates)
         params = checks.check_parameters(params)
         step, codes = state.rounding_step, state.inner_state
-        fields = _fields(codes, formats, _has_codes)
+        fields = _coded_fields(codes, formats)
         values = _decode_fields(codes, fields, formats, step, _check_codes(state))
         wide_updates, values = jax.tree.map(widen, (updates, values))
         new_updates, new = inner.update(wide_updates, values, params, **extra_args)
@@ -272,7 +272,7 @@ def compressed_leaves(state: Any) -> Iterator[tuple[str, Minifloat, jax.Array]]:
     """
     for compressed in _compressed_states(state):
         formats, codes = _formats(compressed), compressed.inner_state
-        fields = _fields(codes, formats, _has_codes)
+        fields = _coded_fields(codes, formats)
         # Lowered levels are no further from the ends of the format than in step 0.
         values = _decode_fields(codes, fields, formats, 0, _check_codes(compressed))
         for field, value in zip(fields, jax.tree.leaves(values), strict=True):
@@ -298,6 +298,21 @@ def _fields(
             for leaf in jax.tree.leaves(node)
         ]
     return fields
+
+
+def _coded_fields(codes: PyTree, formats: Mapping[str, Minifloat]) -> list[str | None]:
+    """The field of each leaf that holds codes."""
+
+    def has_field(node: Any) -> bool:
+        names = getattr(node, "_fields", getattr(node, "__dataclass_fields__", ()))
+        return any(field in names for field in formats)
+
+    # Nodes inside a field are of the parameters, and their attributes are no fields.
+    opaque = set()
+    for node in jax.tree.leaves(codes, is_leaf=has_field):
+        for field in formats:
+            opaque |= _node_types(jax.tree.structure(getattr(node, field, None)))
+    return _fields(codes, formats, _has_codes, opaque - {tuple, list, dict})
 
 
 def _nodes(inner_state: PyTree, opaque: Collection[type]) -> list[tuple[Any, Any]]:
@@ -370,7 +385,7 @@ def _decompress(node: Any) -> Any:
     if not _is_compressed(node):
         return node
     formats, codes = _formats(node), node.inner_state
-    fields = _fields(codes, formats, _has_codes)
+    fields = _coded_fields(codes, formats)
     values = _decode_fields(
         codes, fields, formats, node.rounding_step, _check_codes(node)
     )
@@ -382,7 +397,7 @@ def _recompress(node: Any, values: Any) -> Any:
         return values
     _check_codes(node)
     formats, codes = _formats(node), node.inner_state
-    fields = _fields(codes, formats, _has_codes)
+    fields = _coded_fields(codes, formats)
     values = jax.tree.map(_recompress, codes, values, is_leaf=_is_compressed)
     codes = _encode_fields(
         values, codes, fields, formats, node.rounding_step, node.rounding_seed

@@ -286,6 +286,21 @@ def test_parameters_may_be_named_like_fields():
         assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype(jnp.float32)}
 
 
+def test_arrays_that_look_like_codes_are_none_in_parameters_named_like_fields():
+    """A bfloat16 second moment at ``nu.mu`` has the dtype of SE8M7, and no codes."""
+    p = {"layer": Pair(mu=jnp.ones(3, jnp.bfloat16), nu=jnp.ones(2, jnp.bfloat16))}
+    inner = optax.adam(0.1)
+    tx = compress_state(inner, mu=SE8M7)
+    _, state = tx.update(p, tx.init(p), p)
+    wide = decompress_state(state)[0]
+    assert {x.dtype for x in jax.tree.leaves(wide.mu)} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(wide.nu)} == {jnp.dtype(jnp.bfloat16)}
+    assert count_extremes(state)["mu"].elements == 5
+    # Rounded to the nearest as all of nu, and not at random: 1e-3 in bfloat16.
+    for leaf in jax.tree.leaves(state.inner_state[0].nu):
+        np.testing.assert_array_equal(leaf, jnp.full_like(leaf, 1e-3))
+
+
 class ScalesState(NamedTuple):
     scales: dict[str, jax.Array]
     nu: Any
