@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def test_steps_run_in_order_and_each_keeps_its_state(add):
     g = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
     state = tx.init(g)
     chain = optax.chain(optax.trace(1.0), optax.scale(10.0), optax.trace(1.0))
-    assert jax.tree.structure(state) == jax.tree.structure(chain.init(g))
+    chex.assert_trees_all_equal_structs(state, chain.init(g))
     update, state = tx.update(g, state)
     update, state = tx.update(g, state)
     # First sum 2 then 4; second sum 20 then 20 + 40.

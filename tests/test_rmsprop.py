@@ -4,6 +4,7 @@
 import inspect
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_uncentered_optax_checkpoint_restores_unchanged(
         gradients = jax.tree.map(lambda p, t=t: p + t, params)
         with jax.numpy_dtype_promotion("standard"):
             _, state = theirs.update(gradients, state)
-    assert jax.tree.structure(state) == jax.tree.structure(ours.init(params))
+    chex.assert_trees_all_equal_structs(state, ours.init(params))
     types = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert types == jax.tree.map(lambda x: (x.shape, x.dtype), ours.init(params))
 

@@ -3,6 +3,7 @@
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,7 @@ def test_uncentered_optax_state_continues(bias_correction, dtype):
     theirs = optax.scale_by_rms(bias_correction=bias_correction)
     ours = scale_by_rms(bias_correction=bias_correction)
     state = theirs.init(g[0])
-    assert jax.tree.structure(state) == jax.tree.structure(ours.init(g[0]))
+    chex.assert_trees_all_equal_structs(state, ours.init(g[0]))
     for t in range(STEPS):
         with jax.numpy_dtype_promotion("standard"):
             expected, next_state = theirs.update(g[t], state)
@@ -444,7 +445,7 @@ def test_none_keeps_the_state_of_its_leaf(variant):
     for field in fields:
         assert_same_bits(getattr(skipped, field)["a"], getattr(expected, field)["a"])
         assert_same_bits(getattr(skipped, field)["b"], getattr(state, field)["b"])
-    assert jax.tree.structure(skipped) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(skipped, state)
 
 
 def test_none_parameters_and_masked_nodes_pass():

@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def test_grad_is_finite(row):
     """Through steps that start from a zero gradient, also where eps is 0."""
     for eps in (0.0, 1e-8):
         slopes = derivative_of(row)({**row.numbers, row.eps: eps}, 1.0)
-        assert all(np.isfinite(s) for s in jax.tree.leaves(slopes))
+        chex.assert_tree_all_finite(slopes)
         assert any(s != 0 for s in jax.tree.leaves(slopes))
 
 

@@ -33,7 +33,7 @@ def test_init_of_shapes_alone(row):
     abstract = jax.eval_shape(lambda: PARAMS)
     expected = row().init(PARAMS)
     for state in (row().init(abstract), jax.eval_shape(row().init, abstract)):
-        assert jax.tree.structure(state) == jax.tree.structure(expected)
+        chex.assert_trees_all_equal_structs(state, expected)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
 
 

@@ -4,6 +4,7 @@
 That the updates are those of Optax is tested in test_rmsprop.py.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +145,7 @@ def test_inside_of_other_states(wrap):
     theirs = evolved(wrap(optax.rmsprop(0.1, centered=True)), gradients, steps=1)
     state = dialect.import_state(theirs)
     expected = ours.init(jax.tree.map(lambda g: g[0], gradients))
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_structs(state, expected)
     assert_same_bits(dialect.export_state(state), theirs)
 
 

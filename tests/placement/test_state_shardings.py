@@ -36,7 +36,7 @@ def specs_by_shape(state, shardings):
     found = {}
     for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         found.setdefault(x.shape, set()).add(s.spec)
-    assert jax.tree.structure(state) == jax.tree.structure(shardings)
+    chex.assert_trees_all_equal_structs(state, shardings)
     return found
 
 

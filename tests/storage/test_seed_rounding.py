@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rounding noise of the members of an ensemble."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,12 +102,12 @@ def test_every_state_inside_is_seeded_from_inside_and_outside_of_vmap():
     numbers = jnp.array([4, 5, 6])
     outside = seed_rounding(jax.vmap(tx.init)(params), numbers)
     inside = jax.vmap(lambda p, i: seed_rounding(tx.init(p), i))(params, numbers)
-    assert jax.tree.structure(outside) == jax.tree.structure(inside)
+    chex.assert_trees_all_equal_structs(outside, inside)
     for state in (outside[0], outside[0].inner_state, inside[0]):
         np.testing.assert_array_equal(state.rounding_seed, numbers)
         assert state.rounding_seed.dtype == jnp.uint32
     _, after = jax.vmap(tx.update)(params, outside, params)
-    assert jax.tree.structure(after) == jax.tree.structure(outside)
+    chex.assert_trees_all_equal_structs(after, outside)
     np.testing.assert_array_equal(after[0].inner_state.rounding_seed, numbers)
     one = seed_rounding(tx.init(params[0]), 4)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(outside), strict=True):

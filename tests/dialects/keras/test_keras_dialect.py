@@ -149,7 +149,7 @@ def test_half_precision(dtype):
         updates, state = step(gradients, state, params)
         assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32", "int32"}
-    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    chex.assert_trees_all_equal_structs(state, tx.init(params))
 
 
 def test_gradients_that_are_small_in_half_precision():
@@ -290,7 +290,7 @@ def test_trees_of_all_kinds():
     gradients = jax.tree.map(jnp.ones_like, params)
     tx = keras.rmsprop(**EVERYTHING)
     updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    chex.assert_trees_all_equal_structs(updates, params)
     tx.update({}, tx.init({}), {})
     masked = optax.masked(tx, {"x": True, "none": None, "empty": False, "t": (False,)})
     updates, _ = masked.update(gradients, masked.init(params), params)

@@ -4,6 +4,7 @@
 That the numbers are those of TensorFlow is tested in test_tensorflow_parity.py.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,7 +173,7 @@ class TestImport:
                 graph(centered), centered=centered, learning_rate=schedule
             )
             expected = tx.init(convert(graph()))
-            assert jax.tree.structure(state) == jax.tree.structure(expected)
+            chex.assert_trees_all_equal_structs(state, expected)
             for leaf, like in zip(
                 *map(jax.tree.leaves, (state, expected)), strict=True
             ):

@@ -4,6 +4,7 @@
 ``python tests/dialects/tensorflow/record_tensorflow.py`` records them anew.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,5 +276,5 @@ def test_export_and_import_change_no_bit(name):
         state, checkpoint.convert_back, checkpoint.variables
     )
     _, again = checkpoint.import_state(checkpoint.variables | exported)
-    assert jax.tree.structure(again) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(again, state)
     assert_same_bits(again, state)
