@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 from helpers.contract_rows import every_row
-from helpers.training import GRADIENTS, PARAMS, step
+from helpers.running import at, step
+from helpers.training import GRADIENTS, PARAMS, STEPS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_rms import (
@@ -72,7 +73,7 @@ def test_a_split_state_gives_the_bits_of_a_whole_one(row):
     params, whole, gradients = (
         place(PARAMS),
         place(PARAMS),
-        [place(g) for g in GRADIENTS],
+        [place(at(GRADIENTS, t)) for t in range(STEPS)],
     )
     shardings = state_shardings(tx, params, over="data", strict=True)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
