@@ -122,6 +122,18 @@ ROWS = [
         },
     ),
     Row(
+        "stable_baselines3",
+        dialects.torch.rmsprop_tf_like,
+        {"lr": 0.1, "alpha": 0.8, "eps": 1e-4, "weight_decay": 0.1, "momentum": 0.9},
+        exceptions={"schedule_free": _SHRINKS},
+    ),
+    Row(
+        "pfrl",
+        dialects.torch.rmsprop_eps_inside_sqrt,
+        {"lr": 0.1, "alpha": 0.8, "eps": 1e-4, "weight_decay": 0.1, "momentum": 0.9},
+        exceptions={"schedule_free": _SHRINKS},
+    ),
+    Row(
         "keras",
         dialects.keras.rmsprop,
         {"learning_rate": 0.1, "rho": 0.8, "momentum": 0.9, "epsilon": 1e-4},

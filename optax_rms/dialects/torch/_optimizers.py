@@ -28,9 +28,13 @@ def split(tree: PyTree) -> PyTree:
     """Replace complex leaves by pairs."""
 
     def pair(x):
-        if jnp.iscomplexobj(x):
-            return RealAndImaginary(jnp.real(x), jnp.imag(x))
-        return x
+        if not jnp.iscomplexobj(x):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            real = jnp.finfo(x.dtype).dtype
+            part = jax.ShapeDtypeStruct(x.shape, real, sharding=x.sharding)
+            return RealAndImaginary(part, part)
+        return RealAndImaginary(jnp.real(x), jnp.imag(x))
 
     return jax.tree.map(pair, tree)
 

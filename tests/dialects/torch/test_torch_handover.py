@@ -5,6 +5,7 @@ import copy
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -893,6 +894,15 @@ def test_a_schedule_is_evaluated_once_per_step(decay):
     for _ in range(2):
         _, state = tx.update(params, state, params)
     assert counts == [0, 1]
+
+
+def test_init_takes_shapes_of_complex_parameters():
+    tx = dialect.rmsprop(momentum=0.9, centered=True)
+    params = {"real": jnp.ones(2), "complex": jnp.ones(2, jnp.complex64)}
+    state = tx.init(jax.eval_shape(lambda: params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+    _, state = tx.update(params, state)
+    chex.assert_tree_all_finite(state)
 
 
 def test_decay_needs_the_parameters():

@@ -531,6 +531,7 @@ def test_distributed_state_dicts(flatten):
         assert len(slots_here(state)) == 6 + 2 + 4
 
     exported = dialect.export_state(state, lambda params: params, like=saved)
+    assert sorted(len(group["params"]) for group in exported["param_groups"]) == [2, 4]
     again, other = trained_model()
     for group in other.param_groups:
         for p in group["params"]:
