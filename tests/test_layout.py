@@ -26,11 +26,12 @@ LAYERS = [
         "dialects.optax",
     ],
     [
-        "dialects.torch._handover",
-        "dialects.keras._handover",
+        # Checkpoints of TensorFlow hold optimizers of Keras as well.
         "dialects.tensorflow._handover",
     ],
+    ["dialects.torch._handover", "dialects.keras._handover"],
     ["dialects.torch._saved", "dialects.keras._saved", "dialects.tensorflow._saved"],
+    ["dialects.tensorflow._object_graph"],
     [
         "dialects.torch._optimizers",
         "dialects.keras._optimizers",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSProp as TensorFlow 1 and the Keras inside TensorFlow 2 have it."""
+"""RMSProp of TensorFlow 1, and of tf.keras before TensorFlow 2.11."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -9,7 +10,8 @@ from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 from optax_rms import _rmsprop
-from optax_rms._types import LearningRate, PyTree
+from optax_rms._schedules import as_schedule, check_learning_rate
+from optax_rms._types import LearningRate, PyTree, Schedule
 from optax_rms.dialects._shared import clipping
 
 _NAME_HINT = "Names in a checkpoint are arguments of import_state and export_state."
@@ -24,7 +26,7 @@ def rmsprop(
     centered: bool = False,
     use_locking: bool = False,
     name: None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""``tf.compat.v1.train.RMSPropOptimizer``.
 
     The updates are those of TensorFlow, step for step, up to rounding:
@@ -83,13 +85,14 @@ def rmsprop(
         use_locking=(use_locking, False, "Nothing is updated in place."),
         name=(name, None, _NAME_HINT),
     )
+    momentum = checks.check_number("momentum", momentum, 0, 1)
     return _rmsprop.rmsprop(
         learning_rate,
         decay,
         checks.check_number("epsilon", epsilon),
         initial_scale=1.0,
         centered=centered,
-        momentum=momentum if _is_used("momentum", momentum) else None,
+        momentum=None if checks.is_zero(momentum) else momentum,
     )
 
 
@@ -108,7 +111,7 @@ def legacy_keras_rmsprop(
     lr: None = None,
     gradient_aggregator: None = None,
     gradient_transformers: None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""``tf.keras.optimizers.RMSprop`` before TensorFlow 2.11.
 
     Later ``tf.keras.optimizers.legacy.RMSprop``. The updates are those of TensorFlow,
@@ -194,48 +197,46 @@ def legacy_keras_rmsprop(
         ),
         gradient_transformers=(gradient_transformers, None, hint),
     )
-    has_momentum = _is_used("momentum", momentum)
-    if epsilon is None or not _is_used("epsilon", epsilon):
-        epsilon = 1e-7
-    if _is_used("decay", decay):
+    momentum = checks.check_number("momentum", momentum, 0, 1)
+    epsilon = checks.check_number("epsilon", 0.0 if epsilon is None else epsilon)
+    decay = checks.check_number("decay", decay)
+    if not checks.is_zero(decay):
         learning_rate = _inverse_time_decay(learning_rate, decay)
     tx = _rmsprop.rmsprop(
         learning_rate,
         checks.check_number("rho", rho, 0, 1),
-        epsilon,
-        eps_in_sqrt=has_momentum,
+        1e-7 if checks.is_zero(epsilon) else epsilon,
+        eps_in_sqrt=not checks.is_zero(momentum),
         centered=centered,
-        momentum=momentum if has_momentum else None,
+        momentum=None if checks.is_zero(momentum) else momentum,
     )
     clip = _clipping(clipvalue, clipnorm, global_clipnorm)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
         return tx.update(clip(updates), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _is_used(name: str, value: ArrayLike) -> bool:
-    """Whether a number is not known to be 0; what an array is, is not known."""
-    number = checks.check_number(name, value)
-    return not isinstance(number, float) or number != 0
-
-
-def _inverse_time_decay(learning_rate: LearningRate, decay: ArrayLike):
+def _inverse_time_decay(learning_rate: LearningRate, decay: ArrayLike) -> Schedule:
     """The schedule learning_rate / (1 + decay * count)."""
-    if not callable(learning_rate):
-        learning_rate = checks.check_number("learning_rate", learning_rate)
+    rate = as_schedule(check_learning_rate("learning_rate", learning_rate))
 
-    def schedule(count):
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    def schedule(count: ArrayLike) -> ArrayLike:
         dtype = jnp.result_type(float)
         divisor = 1 + jnp.asarray(decay, dtype) * jnp.asarray(count, dtype)
-        return jnp.asarray(rate, dtype) / divisor
+        return jnp.asarray(rate(count), dtype) / divisor
 
     return schedule
 
 
-def _clipping(clipvalue, clipnorm, global_clipnorm) -> Callable[[PyTree], PyTree]:
+def _clipping(
+    clipvalue: ArrayLike | None,
+    clipnorm: ArrayLike | None,
+    global_clipnorm: ArrayLike | None,
+) -> Callable[[PyTree], PyTree]:
     """A function that clips gradients, by value and then by norm."""
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(
@@ -243,19 +244,18 @@ def _clipping(clipvalue, clipnorm, global_clipnorm) -> Callable[[PyTree], PyTree
             f"{clipnorm!r} and {global_clipnorm!r}."
         )
     steps = [
-        (clipping.clip_by_value, "clipvalue", clipvalue),
-        (clipping.clip_by_norm, "clipnorm", clipnorm),
-        (clipping.clip_by_global_norm, "global_clipnorm", global_clipnorm),
-    ]
-    steps = [
-        (step, checks.check_number(name, limit, exclude_low=True))
-        for step, name, limit in steps
+        (function, checks.check_number(name, limit, exclude_low=True))
+        for function, name, limit in [
+            (clipping.clip_by_value, "clipvalue", clipvalue),
+            (clipping.clip_by_norm, "clipnorm", clipnorm),
+            (clipping.clip_by_global_norm, "global_clipnorm", global_clipnorm),
+        ]
         if limit is not None
     ]
 
-    def clip(gradients):
-        for step, limit in steps:
-            gradients = step(gradients, limit)
+    def clip(gradients: PyTree) -> PyTree:
+        for function, limit in steps:
+            gradients = function(gradients, limit)
         return gradients
 
     return clip
