@@ -415,7 +415,9 @@ def _as(like: jax.Array, x: ArrayLike) -> jax.Array:
 def _wide_copy(p: Any) -> Any:
     """A copy of at least float32, abstract where ``p`` is."""
     if isinstance(p, jax.ShapeDtypeStruct):
-        return p.update(dtype=jnp.float32) if is_half(p) else p
+        if not is_half(p):
+            return p
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding)
     # A shared buffer could not be donated with both the parameters and the state.
     return jnp.array(widen(p), copy=True)
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
 
 Schedule = Callable[[Any], jax.Array]
 
 
-def _as_float(step) -> jax.Array:
+def _as_float(step: ArrayLike) -> jax.Array:
     return jnp.asarray(step).astype(jnp.result_type(float))
 
 
-def _full_periods(step, period):
+def _full_periods(step: jax.Array, period: float) -> tuple[jax.Array, jax.Array]:
     """How many periods have ended, and how many have begun, after a step."""
     # Neither floor nor ceil of the quotient: a compiler may turn a division by a
     # constant into a product, which can end up beside the whole number.
@@ -31,13 +32,16 @@ def _full_periods(step, period):
     return ended, jnp.where(end < step, nearest + 1, nearest)
 
 
-def _periods(step, decay_steps, staircase):
+def _periods(step: ArrayLike, decay_steps: float, staircase: bool) -> jax.Array:
     step = _as_float(step)
     return _full_periods(step, decay_steps)[0] if staircase else step / decay_steps
 
 
 def exponential_decay(
-    initial_learning_rate, decay_steps, decay_rate, staircase=False
+    initial_learning_rate: float,
+    decay_steps: float,
+    decay_rate: float,
+    staircase: bool = False,
 ) -> Schedule:
     def schedule(step):
         periods = _periods(step, decay_steps, staircase)
@@ -47,7 +51,10 @@ def exponential_decay(
 
 
 def _inverse_time_decay(
-    initial_learning_rate, decay_steps, decay_rate, staircase=False
+    initial_learning_rate: float,
+    decay_steps: float,
+    decay_rate: float,
+    staircase: bool = False,
 ) -> Schedule:
     def schedule(step):
         periods = _periods(step, decay_steps, staircase)
@@ -56,7 +63,7 @@ def _inverse_time_decay(
     return schedule
 
 
-def _piecewise_constant_decay(boundaries, values) -> Schedule:
+def _piecewise_constant_decay(boundaries: list[float], values: list[float]) -> Schedule:
     if len(values) != len(boundaries) + 1 or sorted(set(boundaries)) != boundaries:
         raise ValueError(
             "PiecewiseConstantDecay needs increasing boundaries and one value more "
@@ -72,7 +79,11 @@ def _piecewise_constant_decay(boundaries, values) -> Schedule:
 
 
 def _polynomial_decay(
-    initial_learning_rate, decay_steps, end_learning_rate=1e-4, power=1.0, cycle=False
+    initial_learning_rate: float,
+    decay_steps: float,
+    end_learning_rate: float = 1e-4,
+    power: float = 1.0,
+    cycle: bool = False,
 ) -> Schedule:
     def schedule(step):
         step = _as_float(step)
@@ -89,12 +100,16 @@ def _polynomial_decay(
     return schedule
 
 
-def _cosine(fraction, alpha):
+def _cosine(fraction: jax.Array, alpha: float) -> jax.Array:
     return (1 - alpha) * 0.5 * (1 + jnp.cos(math.pi * fraction)) + alpha
 
 
 def _cosine_decay(
-    initial_learning_rate, decay_steps, alpha=0.0, warmup_target=None, warmup_steps=0
+    initial_learning_rate: float,
+    decay_steps: float,
+    alpha: float = 0.0,
+    warmup_target: float | None = None,
+    warmup_steps: float = 0,
 ) -> Schedule:
     if warmup_target is None:
         # Keras ignores warmup_steps then.
@@ -114,7 +129,11 @@ def _cosine_decay(
 
 
 def _cosine_decay_restarts(
-    initial_learning_rate, first_decay_steps, t_mul=2.0, m_mul=1.0, alpha=0.0
+    initial_learning_rate: float,
+    first_decay_steps: float,
+    t_mul: float = 2.0,
+    m_mul: float = 1.0,
+    alpha: float = 0.0,
 ) -> Schedule:
     def schedule(step):
         step = _as_float(step)
@@ -149,7 +168,8 @@ _SCHEDULES = {
 def from_object(schedule: Any) -> Callable[[Any], Any]:
     """Return a schedule that JAX can trace; a schedule of a user's class, as it is."""
     cls = type(schedule)
-    if cls.__module__.partition(".")[0] == "keras" and cls.__name__ in _SCHEDULES:
+    is_own = cls.__module__.partition(".")[0] in ("keras", "tf_keras")
+    if is_own and cls.__name__ in _SCHEDULES:
         return from_config(
             {"class_name": cls.__name__, "config": schedule.get_config()}
         )

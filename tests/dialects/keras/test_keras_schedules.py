@@ -55,3 +55,27 @@ def test_restarts_of_equal_length(period):
         np.testing.assert_allclose(
             schedule(step), expected, rtol=0, atol=60 * 2**-24 * np.pi, err_msg=step
         )
+
+
+@pytest.mark.parametrize("module", ["keras.src.optimizers", "tf_keras.src.optimizers"])
+def test_schedule_objects_of_both_kinds_of_keras(module):
+    """They compute with their own backend, which JAX cannot trace."""
+
+    class ExponentialDecay:
+        def get_config(self):
+            return {
+                "initial_learning_rate": 0.5,
+                "decay_steps": 2,
+                "decay_rate": 0.5,
+                "staircase": False,
+                "name": None,
+            }
+
+        def __call__(self, step):
+            raise AssertionError("not traced")
+
+    ExponentialDecay.__module__ = module
+    assert jax.jit(schedules.from_object(ExponentialDecay()))(2) == 0.25
+    ExponentialDecay.__module__ = "mine"
+    own = ExponentialDecay()
+    assert schedules.from_object(own) is own
