@@ -79,3 +79,12 @@ def test_schedule_objects_of_both_kinds_of_keras(module):
     ExponentialDecay.__module__ = "mine"
     own = ExponentialDecay()
     assert schedules.from_object(own) is own
+
+
+@pytest.mark.parametrize("marks", [{"module": None}, {"registered_name": "Custom>E"}])
+def test_a_users_class_of_the_same_name_is_refused(marks):
+    config = {"initial_learning_rate": 0.5, "decay_steps": 2, "decay_rate": 0.5}
+    serialized = {"class_name": "ExponentialDecay", "config": config}
+    assert schedules.from_config(serialized)(2) == 0.25
+    with pytest.raises(ValueError, match="got the class ExponentialDecay. Pass learn"):
+        schedules.from_config(serialized | marks)
