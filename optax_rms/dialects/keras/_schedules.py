@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_rms import _checks as checks
+from optax_rms._types import Number
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -38,7 +39,7 @@ def _periods(step: ArrayLike, decay_steps: float, staircase: bool) -> jax.Array:
 
 
 def exponential_decay(
-    initial_learning_rate: float,
+    initial_learning_rate: Number,
     decay_steps: float,
     decay_rate: float,
     staircase: bool = False,
@@ -51,7 +52,7 @@ def exponential_decay(
 
 
 def _inverse_time_decay(
-    initial_learning_rate: float,
+    initial_learning_rate: Number,
     decay_steps: float,
     decay_rate: float,
     staircase: bool = False,
@@ -79,7 +80,7 @@ def _piecewise_constant_decay(boundaries: list[float], values: list[float]) -> S
 
 
 def _polynomial_decay(
-    initial_learning_rate: float,
+    initial_learning_rate: Number,
     decay_steps: float,
     end_learning_rate: float = 1e-4,
     power: float = 1.0,
@@ -105,7 +106,7 @@ def _cosine(fraction: jax.Array, alpha: float) -> jax.Array:
 
 
 def _cosine_decay(
-    initial_learning_rate: float,
+    initial_learning_rate: Number,
     decay_steps: float,
     alpha: float = 0.0,
     warmup_target: float | None = None,
@@ -129,7 +130,7 @@ def _cosine_decay(
 
 
 def _cosine_decay_restarts(
-    initial_learning_rate: float,
+    initial_learning_rate: Number,
     first_decay_steps: float,
     t_mul: float = 2.0,
     m_mul: float = 1.0,
