@@ -83,9 +83,9 @@ def imports_of(module):
         (PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text()
     )
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "optax_rms"
-        ):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        if node.module.startswith("optax_rms"):
             parent = node.module.removeprefix("optax_rms").removeprefix(".")
             for name in [alias.name for alias in node.names]:
                 child = f"{parent}.{name}".removeprefix(".")

@@ -220,4 +220,4 @@ def test_growth_picture_shows_every_side():
     for panel, expected in ((2, [2e-3, 2e-2]), (3, [5e-3, 5e-2])):
         lines = figure.axes[panel].lines
         assert len(lines) == 2 * len(sides)
-        np.testing.assert_allclose(lines[-1].get_ydata(), expected)
+        np.testing.assert_allclose(np.asarray(lines[-1].get_ydata()), expected)

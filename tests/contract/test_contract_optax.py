@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract with Optax: whatever wraps a transformation wraps these."""
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,10 @@ def test_masked(row):
 @every_row
 def test_partition(row):
     halved = {name: value / 2 for name, value in row.numbers.items()}
-    transforms = {"one": row(), "other": row(**halved)}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "one": row(),
+        "other": row(**halved),
+    }
     expected = {
         "kernel": plain(row).last[0]["kernel"],
         "bias": final(row(**halved))["bias"],

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.image
@@ -72,7 +73,7 @@ def same_files(output: Path, finished: Path) -> bool:
     )
 
 
-def mnist_like() -> dict[str, np.ndarray]:
+def mnist_like() -> dict[str, Any]:
     """Ten random pictures, seen many times under noise; 10 test labels are wrong."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 128, (10, 28, 28))
@@ -195,7 +196,7 @@ def test_loss_is_the_mean_cross_entropy_and_accuracy_the_share_that_is_right():
     np.testing.assert_allclose(
         loss,
         -np.log(probabilities[np.arange(50), labels]).mean(),
-        rtol=10 * np.finfo(np.float32).eps,
+        rtol=10 * float(np.finfo(np.float32).eps),
     )
     assert accuracy == pytest.approx(30 / 50, rel=ROUNDING)
 

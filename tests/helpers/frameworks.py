@@ -36,7 +36,7 @@ def require_submodule(name: str) -> ModuleType:
     spec = importlib.util.find_spec(packages[0])
     if spec is None or packages[0] in sys.modules:
         return require(name)
-    path = spec.submodule_search_locations
+    path = spec.submodule_search_locations or []
     for i in range(len(packages)):
         package = ModuleType(".".join(packages[: i + 1]))
         package.__path__ = [os.path.join(p, *packages[1 : i + 1]) for p in path]

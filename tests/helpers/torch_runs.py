@@ -89,7 +89,7 @@ def compare_states(state, optimizer, options):
     assert schedule.count == slots["step"]
     if options.get("momentum"):
         buffer = slots["momentum_buffer"] * (-1 if counts_first else 1)
-        scale = np.max(abs(buffer), initial=TINY)
+        scale = float(np.max(abs(buffer), initial=TINY))
         np.testing.assert_allclose(trace.trace, buffer, rtol=0, atol=BOUND * scale)
     else:
         assert trace == optax.EmptyState()

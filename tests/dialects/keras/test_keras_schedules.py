@@ -26,7 +26,7 @@ def steps_and_quotients(period):
     """The steps around the ends of periods, and how many periods they are."""
     ends = np.arange(1, 60) * period
     steps = np.unique([np.floor(ends), np.ceil(ends), np.ceil(ends) + 1]).astype(int)
-    return zip(steps, np.float32(steps) / np.float32(period), strict=True)
+    return zip(steps, steps.astype(np.float32) / np.float32(period), strict=True)
 
 
 @pytest.mark.parametrize("period", PERIODS)
