@@ -112,17 +112,20 @@ def _cosine_decay(
     warmup_target: float | None = None,
     warmup_steps: float = 0,
 ) -> Schedule:
+    target: Number = initial_learning_rate
     if warmup_target is None:
         # Keras ignores warmup_steps then.
-        warmup_target, warmup_steps = initial_learning_rate, 0
+        warmup_steps = 0
+    else:
+        target = warmup_target
 
     def schedule(step):
         step = _as_float(step)
         decayed = jnp.clip((step - warmup_steps) / decay_steps, 0, 1)
-        decaying = warmup_target * _cosine(decayed, alpha)
+        decaying = target * _cosine(decayed, alpha)
         if not warmup_steps:
             return decaying
-        slope = (warmup_target - initial_learning_rate) / warmup_steps
+        slope = (target - initial_learning_rate) / warmup_steps
         warming = initial_learning_rate + slope * step
         return jnp.where(step < warmup_steps, warming, decaying)
 
