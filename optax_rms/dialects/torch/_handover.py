@@ -246,8 +246,8 @@ def export_state(
     Raises:
       ValueError: naming everything in which the state does not fit ``like``, or all
         arrays with which ``convert_back`` does something else than allowed. A momentum
-        with the learning rate inside is refused where the optimizer has the rate
-        outside, because the rates of the past would be needed, and the other way round.
+        with the learning rate inside is refused if the optimizer has the rate outside,
+        and the reverse, because the rates of the past would be needed.
 
     Warns:
       UserWarning: there have been steps since ``like``, a scheduler has been used, as
@@ -539,7 +539,7 @@ def _from_torch(
     settings: dict[str, Any],
     saved: state_dicts.StateDict,
 ) -> Arrays:
-    """The fields of a parameter; those of `init` if PyTorch has no state for it."""
+    """The fields of a parameter: as after ``init`` if PyTorch has no state for it."""
     blank = np.zeros_like(reading.to_numpy(parameter.template))
     own = {
         slot: parameter.slots.get(slot, blank)
@@ -554,7 +554,7 @@ def _from_torch(
 
 
 def _field(column: Arrays, field: str) -> np.ndarray:
-    """A field of a parameter, for a tree of which only some leaves need it."""
+    """A field of a parameter, or a placeholder if only other groups have the field."""
     others = {"nu": "variance", "variance": "nu"}
     any_of = column.get("nu", column.get("variance"))
     return column.get(field, column.get(others.get(field, ""), np.zeros_like(any_of)))
@@ -655,7 +655,7 @@ def _check_template(
 
 
 def _step_like(step: int, parameter: state_dicts.Parameter) -> Any:
-    """A step count in the form that ``like`` has for it, or, without one, PyTorch's."""
+    """A step count in the form of ``like``, for example a tensor, or in PyTorch's."""
     if "step" not in parameter.stored:
         scalar = reading.widen(parameter.template.real)
         return reading.to_framework(np.array(step, np.float32), scalar)

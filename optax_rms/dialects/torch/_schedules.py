@@ -27,14 +27,14 @@ EpochFunction = Callable[[Array], Array]
 class Scheduler(NamedTuple):
     """A scheduler for one parameter group.
 
-    Its functions take an int32 scalar of JAX, or an array of NumPy for float64.
+    The functions take an int32 scalar of JAX, or an array of NumPy for float64.
 
     Attributes:
       epoch: the epoch at which the scheduler was saved.
       base: the rate of the group before any scheduler.
       rate: the learning rate at an epoch, at least 0.
-      recursion: two numbers ``a`` and ``b``. The step to an epoch, of which that to 0
-        is taken when the scheduler is built, turns ``rate`` into ``rate * a + b``.
+      recursion: two numbers ``a`` and ``b``. The step to an epoch turns ``rate`` into
+        ``rate * a + b``. PyTorch takes the step to epoch 0 in the constructor.
       life: the epoch at which the last change of the rate or the first period ends.
       factor: ``rate`` as a multiple of the base rate, if no step adds anything.
       overwrites: whether ``a`` is 0 at every epoch.
@@ -59,7 +59,7 @@ def from_state_dict(
       param_groups: the groups in the state dict of the optimizer.
 
     Raises:
-      ValueError: the scheduler is not one of those in `NAMES`, or its state is damaged.
+      ValueError: the class of the scheduler is not in `NAMES`, or the state is damaged.
     """
     shared: dict[str, Scheduler] = {}
     schedulers = []
@@ -145,7 +145,7 @@ def _scheduler(where: str, own: Mapping[str, Any], cycle: Any) -> Scheduler:
     if name is None:
         raise ValueError(
             f"{where} has the keys {sorted(keys)}, and no scheduler that is read has "
-            f"them. Those that are read: {', '.join(NAMES)}. {_ADVICE}"
+            f"them. Schedulers that are read: {', '.join(NAMES)}. {_ADVICE}"
         )
     numbers = {
         key: _whole(
@@ -354,10 +354,11 @@ def _overwriting(rate: EpochFunction) -> Callable[[Array], tuple[Array, Array]]:
 def _sequential_lr(
     children: list[Scheduler], milestones: Sequence[int], epoch: int
 ) -> Scheduler:
-    """One scheduler after the other, each from its own epoch 0 at its milestone."""
+    """The schedulers in turn. Each begins with its epoch 0 at a milestone."""
     starts = [0, *map(int, milestones)]
     active = sum(start <= epoch for start in starts[1:])
-    # The state tells how far the present scheduler is, whenever it may have begun.
+    # The present scheduler may have begun at another epoch than that of its milestone,
+    # but its state has its epoch.
     starts[active] = epoch - children[active].epoch
 
     def select(epoch, functions):
