@@ -6,10 +6,12 @@ is the optimizer, `_scale_by_rms` the mathematics, the wrappers know nothing of 
 """
 
 import ast
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -129,3 +131,38 @@ def test_import_asks_for_no_device():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+PUBLIC = [
+    "optax_rms" + f".{m}".removesuffix("__init__").rstrip(".")
+    for m in MODULES
+    if not any(part.startswith("_") for part in m.removesuffix("__init__").split("."))
+]
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_modules_list_their_names(module):
+    names = importlib.import_module(module)
+    own = {
+        name
+        for name, value in vars(names).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith(module)
+    }
+    assert len(names.__all__) == len(set(names.__all__))
+    assert own <= set(names.__all__) <= set(vars(names))
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_in_the_reference(module):
+    """Under the path at which users import them: the top level, a dialect, recipes."""
+    page = (PACKAGE.parent / "docs" / "api.rst").read_text()
+    if f".. automodule:: {module}\n" in page:
+        return
+    names = importlib.import_module(module)
+    for name in names.__all__:
+        value = getattr(names, name)
+        if isinstance(value, types.ModuleType) or not callable(value):
+            continue
+        paths = [f":: {module}.{name}\n", f":: optax_rms.{name}\n"]
+        assert any(path in page for path in paths), f"{module}.{name}"
