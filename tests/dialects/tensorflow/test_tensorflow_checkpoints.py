@@ -5,6 +5,8 @@ record_saved_files.py records them. Each run is saved after 25 steps, and the im
 proved by the steps 26 to 50, on the recorded gradients.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +143,7 @@ def slot_keys(run):
 def assert_slots_agree(run, arrays, expected):
     """Compare each slot with its own scale: a mean with the root of its square."""
     keys = slot_keys(run)
-    squares = keys.get("rms", keys.get("velocity"))
+    squares = keys["rms" if "rms" in keys else "velocity"]
     for slot, names in keys.items():
         for name, key in names.items():
             wide, square = np.float64(expected[key]), expected[squares[name]]
@@ -290,7 +292,8 @@ def test_some_parameters_may_be_excluded_from_decay():
     plain, _ = import_run("new_everything")
     params = start_of("new_everything")
     zeros = jax.tree.map(jnp.zeros_like, params)
-    ours, theirs = (t.update(zeros, state, params)[0] for t in (tx, plain))
+    ours: Any = tx.update(zeros, state, params)[0]
+    theirs: Any = plain.update(zeros, state, params)[0]
     for name, is_excluded in mask.items():
         assert np.array_equal(ours[name], theirs[name]) == (not is_excluded)
 

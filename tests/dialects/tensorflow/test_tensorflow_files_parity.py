@@ -5,6 +5,8 @@ record_saved_files.py records them. Each run is saved after 25 steps, and the im
 proved by the steps 26 to 50, on the recorded gradients.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,13 +98,13 @@ def test_a_file_and_a_checkpoint_hold_the_same(run):
         for weight in ("kernel", "bias")
     }
     description = files.RUNS[run]["arguments"]
-    is_centered = description.get("centered", False)
-    rate = optax.exponential_decay(1e-2, 10, 0.5) if "schedule" in run else None
+    arguments: dict[str, Any] = {"centered": description.get("centered", False)}
+    if "schedule" in run:
+        arguments["learning_rate"] = optax.exponential_decay(1e-2, 10, 0.5)
     _, expected = dialects.tensorflow.import_state(
         variables,
         lambda v: {name: v[key] for name, key in keys.items()},
-        centered=is_centered,
-        **({} if rate is None else {"learning_rate": rate}),
+        **arguments,
     )
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
