@@ -37,14 +37,14 @@ def rmsprop(
         + \text{learning_rate}_t \, g_t / \sqrt{v_t + \text{epsilon}} \\
       \theta_t &= \theta_{t-1} - b_t
 
-    from :math:`v_0 = 1` and :math:`b_0 = 0`. The one makes a warm-up: while it is
-    forgotten, gradients much smaller than 1 move their parameters less. With
+    from :math:`v_0 = 1` and :math:`b_0 = 0`. The start at 1 acts as a warm-up: in
+    the first steps, gradients much smaller than 1 move their parameters less. With
     ``centered``, the variance :math:`v_t - m_t^2` takes the place of :math:`v_t` under
     the root, where :math:`m_t` is the moving average of :math:`g_t`.
 
-    What differs: rows that a sparse gradient does not touch are gradients of 0 here,
-    while TensorFlow leaves them and their averages alone. Of complex gradients
-    :math:`|g_t|^2` is averaged, not the complex :math:`g_t^2`.
+    Two differences: rows that a sparse gradient does not touch are gradients of 0
+    here, while TensorFlow keeps their parameters and averages as they are. Of complex
+    gradients :math:`|g_t|^2` is averaged, not the complex :math:`g_t^2`.
 
     Args:
       learning_rate: a number of at least 0, a scalar array, or a schedule from the step
@@ -115,8 +115,8 @@ def legacy_keras_rmsprop(
     r"""``tf.keras.optimizers.RMSprop`` before TensorFlow 2.11.
 
     Later ``tf.keras.optimizers.legacy.RMSprop``. The updates are those of TensorFlow,
-    step for step, up to rounding. Where epsilon sits depends on the momentum: with the
-    number 0 for ``momentum``,
+    step for step, up to rounding. The place of epsilon depends on the momentum: with
+    the number 0 for ``momentum``,
 
     .. math::
       v_t &= \text{rho} \, v_{t-1} + (1 - \text{rho}) \, g_t^2, \qquad v_0 = 0 \\
@@ -135,9 +135,9 @@ def legacy_keras_rmsprop(
     where :math:`m_t` is the moving average of :math:`g_t`. Before all that, gradients
     are clipped: by ``clipvalue`` first, then by norm.
 
-    Where TensorFlow is wrong, this is right: centered and without momentum, it computes
+    The variance is never negative here. Centered and without momentum, TensorFlow forms
     the variance as a difference that rounding makes negative, and the root NaN, as soon
-    as a gradient hardly changes for a hundred steps; here it cannot be negative. Sparse
+    as a gradient hardly changes for a hundred steps. Sparse
     gradients and complex ones differ as in `rmsprop`. Very early versions of TensorFlow
     2 had epsilon inside the root always: use ``optax_rms.rmsprop`` for those, and for
     newer versions of tf.keras the Keras dialect.

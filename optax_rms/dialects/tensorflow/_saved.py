@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading checkpoints and files of TensorFlow, with suspicion.
+"""Reading and checking checkpoints and files of TensorFlow.
 
 The names of the arrays tell apart which optimizer has written them. With ``@`` for
 ``/.ATTRIBUTES/VARIABLE_VALUE``, a variable ``kernel`` and a momentum::
