@@ -349,7 +349,7 @@ DAMAGE = {
         "new_loss_scale",
         {"momentum": 0.0, "names": list(keys_of("new_loss_scale").values())},
         without(GRAPH),
-        "8|10 variables",
+        "there are 10 variables, but 6 belong",
     ),
     "a schedule": (
         "new_schedule",
