@@ -5,7 +5,16 @@ from optax_rms import dialects, recipes
 from optax_rms._adapt_state import adapt_state
 from optax_rms._rmsprop import rmsprop
 from optax_rms._scale_by_rms import ScaleByStddevState, scale_by_rms
-from optax_rms.monitoring import CodeCounts, count_extremes
+from optax_rms.monitoring import (
+    CodeCounts,
+    Figures,
+    MonitorState,
+    StepReport,
+    count_extremes,
+    monitor,
+    read_report,
+    step_report,
+)
 from optax_rms.placement import state_shardings
 from optax_rms.storage import (
     SE5M2,
@@ -31,15 +40,20 @@ __all__ = [
     "UE8M8",
     "CodeCounts",
     "CompressState",
+    "Figures",
     "MasterWeightsState",
     "Minifloat",
+    "MonitorState",
     "ScaleByStddevState",
+    "StepReport",
     "adapt_state",
     "compress_state",
     "count_extremes",
     "decompress_state",
     "dialects",
     "master_weights",
+    "monitor",
+    "read_report",
     "recipes",
     "recompress_state",
     "rmsprop",
@@ -48,4 +62,5 @@ __all__ = [
     "split_master_weights",
     "split_weights",
     "state_shardings",
+    "step_report",
 ]

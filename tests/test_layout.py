@@ -2,7 +2,8 @@
 """The modules, from the top down. Each may import only from those below it.
 
 dialects and recipes speak other frameworks' words and published settings, `_rmsprop`
-is the optimizer, `_scale_by_rms` the mathematics, the wrappers know nothing of RMSProp.
+is the optimizer, `_scale_by_rms` the mathematics, whose states monitoring reads. The
+wrappers of storage know nothing of RMSProp.
 """
 
 import ast
@@ -57,9 +58,13 @@ LAYERS = [
     ],
     ["dialects._shared.__init__"],
     ["_adapt_state", "_rmsprop"],
-    ["_scale_by_rms"],
     ["monitoring.__init__"],
+    ["monitoring._monitor"],
+    ["monitoring._step_report"],
+    ["monitoring._effective_rates", "monitoring._leaf_figures", "monitoring._table"],
+    ["monitoring._figures", "monitoring._told_by_state"],
     ["monitoring._count_extremes"],
+    ["_scale_by_rms"],
     ["placement.__init__"],
     ["placement._state_shardings"],
     ["storage.__init__"],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_rms.storage._compress_state import compressed_leaves
+from optax_rms.storage._formats import Minifloat
 
 
 class CodeCounts(NamedTuple):
@@ -58,16 +59,22 @@ def count_extremes(state: Any) -> dict[str, CodeCounts]:
       3 1 1
     """
     counts: dict[str, CodeCounts] = {}
-    for field, format, values in compressed_leaves(state):
-        # No code is NaN: these were stored in other formats, which a compiled program
-        # cannot report but by counts that nobody can take for real.
+    for _, field, format, values in compressed_leaves(state):
         unreadable = jnp.isnan(values)
-        saturated = jnp.abs(values) == format.largest
         new = CodeCounts(
             elements=values.size,
-            saturated=jnp.sum(saturated | unreadable, dtype=jnp.uint32),
+            saturated=jnp.sum(is_saturated(format, values), dtype=jnp.uint32),
             zeros=jnp.sum((values == 0) | unreadable, dtype=jnp.uint32),
         )
         old = counts.get(field)
         counts[field] = jax.tree.map(operator.add, old, new) if old else new
     return counts
+
+
+def is_saturated(format: Minifloat, values: jax.Array) -> jax.Array:
+    """Which decoded values are at the ends of their format, or were never in it.
+
+    No code is NaN: these were stored in other formats, which a compiled program cannot
+    report but by counts that nobody can take for real.
+    """
+    return (jnp.abs(values) == format.largest) | jnp.isnan(values)

@@ -263,8 +263,10 @@ def recompress_state(state: Any, values: Any) -> Any:
     return jax.tree.map(_recompress, state, values, is_leaf=_is_compressed)
 
 
-def compressed_leaves(state: Any) -> Iterator[tuple[str, Minifloat, jax.Array]]:
-    """Field, format and values of every compressed array, for levels as in step 0.
+def compressed_leaves(state: Any) -> Iterator[tuple[Any, str, Minifloat, jax.Array]]:
+    """Path, field, format and values of every compressed array, as in step 0.
+
+    The path is that in the inner state of its `CompressState`.
 
     Raises:
       ValueError: ``state`` contains no `CompressState`, or the codes were stored in
@@ -275,9 +277,10 @@ def compressed_leaves(state: Any) -> Iterator[tuple[str, Minifloat, jax.Array]]:
         fields = _coded_fields(codes, formats)
         # Lowered levels are no further from the ends of the format than in step 0.
         values = _decode_fields(codes, fields, formats, 0, _check_codes(compressed))
-        for field, value in zip(fields, jax.tree.leaves(values), strict=True):
+        leaves = tree_leaves_with_path(values)
+        for field, (path, value) in zip(fields, leaves, strict=True):
             if field is not None:
-                yield field, formats[field], value
+                yield path, field, formats[field], value
 
 
 def _fields(

@@ -18,6 +18,7 @@ from optax_rms import (
     UE6M2,
     compress_state,
     dialects,
+    monitor,
     rmsprop,
     scale_by_rms,
     split_master_weights,
@@ -75,6 +76,11 @@ def _compressed(learning_rate, decay, eps, momentum):
 
 def _split(learning_rate, decay, eps):
     return split_master_weights(rmsprop(learning_rate, decay, eps))
+
+
+def _monitored(learning_rate, decay, eps):
+    inner = rmsprop(learning_rate, decay, eps)
+    return monitor(inner, every=2, eps=eps, decay=decay)
 
 
 ROWS = [
@@ -177,6 +183,12 @@ ROWS = [
         _RATE,
         exceptions={"tree_map_params": "what stays whole has optax.MaskedNode there"}
         | _MASKED_IN_NNX,
+    ),
+    Row(
+        "monitor",
+        _monitored,
+        _RATE,
+        exceptions={"sharded_over_eight_devices": "a report is not in shards"},
     ),
 ]
 
