@@ -43,8 +43,8 @@ def monitor(
     updates side by side. Around the optimizer, `monitor` sees both, and stores the
     `StepReport` of every ``every``-th step, beginning with the first, which
     `read_report` takes out of the state between two steps. Updates are those of
-    ``inner``, bit for bit, and structure, shapes and dtypes of the state are fixed by
-    ``init``, as ``jax.lax.scan`` demands.
+    ``inner``, but for what the compiler rounds otherwise in another program. Structure,
+    shapes and dtypes of the state are fixed by ``init``, as ``jax.lax.scan`` demands.
 
     A report reads gradients, parameters and moments once more, before the step
     overwrites them. Nothing is copied for that, and steps without a report move no more
@@ -119,15 +119,12 @@ def monitor(
             )
 
         def new_report() -> StepReport:
-            # A derivative of the training has no part in the report.
-            g, s, p, extra = jax.lax.stop_gradient(
-                (updates, state.inner_state, params, extra_args)
-            )
-            changes, new_state = inner.update(g, s, p, **extra)
+            g, s, p = updates, state.inner_state, params
+            changes, new_state = inner.update(g, s, p, **extra_args)
             # The sample that the rates are of has an update of its own. If it shared
             # that of the sums, XLA would write the update to memory for both.
             again = jax.lax.optimization_barrier(g)
-            changes_again, _ = inner.update(again, s, p, **extra)
+            changes_again, _ = inner.update(again, s, p, **extra_args)
             g, changes, again, changes_again = (
                 _zeros_for_none(tree, p) for tree in (g, changes, again, changes_again)
             )

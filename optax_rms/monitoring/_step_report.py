@@ -264,13 +264,19 @@ def report_of(
     layer_axis: PyTree,
 ) -> StepReport:
     """`step_report`, with other copies of gradients and updates for the rates."""
+    # A derivative of the training has no part in the report.
+    gradients, updates, params, state, rated = jax.lax.stop_gradient(
+        (gradients, updates, params, state, rated)
+    )
     checks.check_inexact_leaves("gradients", gradients)
     eps_in_sqrt = checks.check_flag("eps_in_sqrt", eps_in_sqrt)
     number = jnp.result_type(float)
     if eps is not None:
-        eps = jnp.asarray(checks.check_number("eps", eps), number)
+        eps = checks.check_number("eps", eps)
+        eps = jax.lax.stop_gradient(jnp.asarray(eps, number))
     if decay is not None:
-        decay = jnp.asarray(checks.check_number("decay", decay, 0, 1), number)
+        decay = checks.check_number("decay", decay, 0, 1)
+        decay = jax.lax.stop_gradient(jnp.asarray(decay, number))
     rows = tree_leaves_with_path(gradients)
     paths = [path for path, _ in rows]
     trees = [

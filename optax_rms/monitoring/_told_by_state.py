@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from optax_rms._scale_by_rms import ScaleByStddevState
+from optax_rms._scale_by_rms import ScaleByRmsWithCountState, ScaleByStddevState
 from optax_rms._types import Number
 from optax_rms.monitoring._count_extremes import is_saturated
 from optax_rms.storage._compress_state import (
@@ -29,7 +29,7 @@ def _state_class(tx: optax.GradientTransformation) -> Any:
 # name. Only ``optax.adamax``, which keeps a maximum in the state of Adam, is mistaken.
 _FIELDS = {
     optax.ScaleByRmsState: ("nu",),
-    _state_class(optax.scale_by_rms(bias_correction=True)): ("nu",),
+    ScaleByRmsWithCountState: ("nu",),
     optax.ScaleByAdamState: ("nu",),
     _state_class(optax.scale_by_stddev()): ("nu", "mu"),
     _state_class(optax.scale_by_stddev(bias_correction=True)): ("nu", "mu"),
