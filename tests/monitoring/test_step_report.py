@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.training import assert_same_bits, stack
+from helpers.comparison import assert_same_bits
 from helpers.trajectory import x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -562,7 +562,7 @@ def test_scan_and_vmap_carry_reports():
         report = step_report(g, updates, params, state, **options)
         return (optax.apply_updates(params, updates), state), report
 
-    stream = stack([GRADIENTS, jax.tree.map(lambda g: 3 * g, GRADIENTS)])
+    stream = jax.tree.map(lambda g: jnp.stack([g, 3 * g]), GRADIENTS)
     carry, stacked = jax.jit(functools.partial(jax.lax.scan, step))(
         (PARAMS, tx.init(PARAMS)), stream
     )
