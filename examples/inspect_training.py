@@ -54,7 +54,7 @@ class Variant(NamedTuple):
     loss_scale: int
     dtype: Any
     optimizer: Callable[[int], optax.GradientTransformation]
-    options: dict[str, float]
+    options: dict[str, Any]
 
 
 class Case(NamedTuple):

@@ -47,7 +47,11 @@ def size(tree):
 
 
 @pytest.mark.parametrize(
-    "params", [ONE_LEAF, THOUSAND_LEAVES], ids=["one_leaf", "thousand_leaves"]
+    "params",
+    [
+        pytest.param(ONE_LEAF, id="one_leaf"),
+        pytest.param(THOUSAND_LEAVES, id="thousand_leaves", marks=pytest.mark.slow),
+    ],
 )
 @every_variant
 def test_cost_of_a_step(options, params):
@@ -92,6 +96,7 @@ def test_each_shape_is_traced_once(options):
     assert len(equations) == 2 * len(THOUSAND_LEAVES)
 
 
+@pytest.mark.slow
 @every_variant
 def test_tracing_and_lowering_take_half_the_time(options):
     """Processor time of this thread, the best of alternating rounds."""
