@@ -20,7 +20,7 @@ class Figures(NamedTuple):
       parameter_rms: root mean square of the parameter before the step.
       update_to_parameter: ``update_rms / parameter_rms``.
       rate_p01: effective learning rate ``|update| / |gradient|``, the 1st percentile
-        over the elements whose gradient is not 0, to 3 %.
+        over the elements whose gradient is not 0, to 6 %.
       rate_p50: its median.
       rate_p99: its 99th percentile.
       ruled_by_eps: share of elements whose mean square is below ``eps``, or whose root

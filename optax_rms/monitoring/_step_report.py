@@ -190,8 +190,9 @@ def step_report(
 
     Args:
       gradients: the gradients that ``update`` was given; ``None`` leaves are left out.
-        If the optimizer clips gradients before it averages them, ``spike`` compares
-        clipped with unclipped ones: report on the part behind the clipping.
+        If the optimizer clips gradients before it averages them,
+        ``gradient_to_mean_square`` compares clipped with unclipped gradients: report
+        on the part behind the clipping.
       updates: the updates that it returned, in the same tree.
       params: the parameters before the step, in the same tree.
       state: the state that ``update`` returned; ``None`` if it is not known.

@@ -4,6 +4,7 @@
 import dataclasses
 import pathlib
 import pickle
+import re
 
 import equinox as eqx
 import flax.serialization
@@ -308,10 +309,26 @@ def compressed_as_in_version_0_1(state):
     return CompressState(state.rounding_step, state.fields, state.inner_state)
 
 
+def pickle_of_version_0_1(state, folder):
+    """Through a file that names the modules of then, read as the page says."""
+    text = pickle.dumps(state, protocol=0)
+    assert b"optax_rms.storage._compress_state" in text
+    path = folder / "state.pickle"
+    path.write_bytes(text.replace(b"optax_rms.storage._", b"optax_rms._"))
+    with pytest.raises(ModuleNotFoundError, match=r"optax_rms\._compress_state"):
+        pickle.loads(path.read_bytes())
+    (code,) = re.findall(
+        r"^```python\n(import pickle.*?)^```", DOCS.read_text(), re.M | re.S
+    )
+    names = {}
+    exec(code, names)
+    return names["load"](path)
+
+
 def test_pickles_of_version_0_1_go_on_with_the_same_bits(tmp_path):
     tx = compress_state(INNER, nu=UE6M2)
     state = trained(tx)
-    old = pickle.loads(pickle.dumps(compressed_as_in_version_0_1(state)))
+    old = pickle_of_version_0_1(compressed_as_in_version_0_1(state), tmp_path)
     expected, _ = tx.update(PARAMS, state, PARAMS)
     body = lambda state, _: tx.update(PARAMS, state, PARAMS)[::-1]  # noqa: E731
     _, updates = jax.lax.scan(body, old, length=1)
