@@ -103,8 +103,8 @@ def monitor(
     def init(params) -> Any:
         inner_state = inner.init(params)
         shapes = jax.eval_shape(
-            lambda p, s: report_of(_inexact(p), p, p, s, (p, p), **options),
-            params,
+            lambda p, s: report_of(p, p, p, s, (p, p), **options),
+            _inexact(params),
             inner_state,
         )
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -129,7 +129,7 @@ def monitor(
                 _zeros_for_none(tree, p) for tree in (g, changes, again, changes_again)
             )
             rated = again, changes_again
-            return report_of(g, changes, p, new_state, rated, **options)
+            return report_of(g, changes, _inexact(p), new_state, rated, **options)
 
         if every == 1:
             report = new_report()

@@ -155,7 +155,7 @@ def step_report(
     each with one element :math:`i` of :math:`n`, the figures are
 
     .. math::
-      \text{rms}(x) &= \sqrt{\tfrac{1}{n} \textstyle\sum_i |x_i|^2}
+      \text{rms}(x) &= \sqrt{\tfrac{1}{n} \sum_i |x_i|^2}
         \quad\text{of } g, u \text{ and } \theta \\
       \text{update_to_parameter} &= \text{rms}(u) / \text{rms}(\theta) \\
       \text{rate} &= \text{percentiles of } |u_i| / |g_i|,\; g_i \ne 0 \\
@@ -163,9 +163,9 @@ def step_report(
         \quad\text{or, if not eps_in_sqrt,}\quad \sqrt{\nu_i} < \text{eps} \\
       \text{lost_to_rounding} &= \text{share of }
         \text{round}(\theta_i + u_i) = \theta_i \text{ where } u_i \ne 0 \\
-      \text{at_cap} &= \text{share of } (1 - \text{decay}) |g_i|^2 \ge \tfrac34 \nu_i \\
+      \text{at_cap} &= \text{share of } (1 - \text{decay}) |g_i|^2 \ge \tfrac{3}{4} \nu_i \\
       \text{gradient_to_mean_square} &=
-        \textstyle\sum_i |g_i|^2 / \sum_i \nu_i
+        \sum_i |g_i|^2 / \sum_i \nu_i
 
     and what `Figures` lists besides. Where the optimizer corrects the bias of
     :math:`\nu`, the corrected one is meant, and that needs ``decay``. With a centered

@@ -205,7 +205,9 @@ def split_master_weights(
             **extra_args,
         )
         changes = treedef.flatten_up_to(changes)
+        # A restored step may be of NumPy, which before version 2 makes int64 of step + 1.
         step = state.rounding_step
+        step = None if step is None else jnp.asarray(step)
         for i, (w, r, g) in enumerate(zip(weights, residuals, gradients, strict=True)):
             if _is_absent(r) or _is_absent(g):
                 continue

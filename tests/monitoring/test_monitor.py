@@ -243,8 +243,9 @@ def test_sharded_state_and_report():
     for (moved, after), (expected, single) in zip(
         history, loop(tx, jit=True), strict=True
     ):
-        assert_same_bits(moved, expected)
-        assert_same_bits(after.inner_state, single.inner_state)
+        # The programs differ in what XLA fuses with the report.
+        assert_close(moved, expected)
+        assert_close(after.inner_state, single.inner_state)
         for leaf in jax.tree.leaves((moved, after.inner_state)):
             assert leaf.sharding.is_equivalent_to(split, leaf.ndim)
         for name in ("ruled_by_eps", "at_cap", "lost_to_rounding", "zero_gradients"):
