@@ -163,7 +163,8 @@ def step_report(
         \quad\text{or, if not eps_in_sqrt,}\quad \sqrt{\nu_i} < \text{eps} \\
       \text{lost_to_rounding} &= \text{share of }
         \text{round}(\theta_i + u_i) = \theta_i \text{ where } u_i \ne 0 \\
-      \text{at_cap} &= \text{share of } (1 - \text{decay}) |g_i|^2 \ge \tfrac{3}{4} \nu_i \\
+      \text{at_cap} &= \text{share of }
+        (1 - \text{decay}) |g_i|^2 \ge \tfrac{3}{4} \nu_i \\
       \text{gradient_to_mean_square} &=
         \sum_i |g_i|^2 / \sum_i \nu_i
 

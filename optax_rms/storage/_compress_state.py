@@ -179,7 +179,7 @@ def compress_state(
         _check_state(state, names)
         checks.check_inexact_leaves("gradients", updates)
         params = checks.check_parameters(params)
-        # A restored step may be of NumPy, which before version 2 makes int64 of step + 1.
+        # A restored step may be NumPy's, whose version 1 makes int64 of step + 1.
         step, codes = jnp.asarray(state.rounding_step), state.inner_state
         fields = _coded_fields(codes, formats)
         values = _decode_fields(codes, fields, formats, step, _check_codes(state))

@@ -205,7 +205,7 @@ def split_master_weights(
             **extra_args,
         )
         changes = treedef.flatten_up_to(changes)
-        # A restored step may be of NumPy, which before version 2 makes int64 of step + 1.
+        # A restored step may be NumPy's, whose version 1 makes int64 of step + 1.
         step = state.rounding_step
         step = None if step is None else jnp.asarray(step)
         for i, (w, r, g) in enumerate(zip(weights, residuals, gradients, strict=True)):

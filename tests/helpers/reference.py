@@ -109,6 +109,6 @@ def relative_error(trajectory, expected):
     """
     path = np.abs(np.diff(expected, axis=0, prepend=0 * expected[:1])).sum(axis=0)
     difference = np.abs(np.asarray(trajectory) - expected)
-    # NumPy before 2 would round the smallest float64 to the dtype of the path, and to 0.
+    # NumPy 1 would round the smallest float64 to the dtype of the path, that is, to 0.
     path = path.astype(np.float64)
     return np.max(difference / np.where(path == 0, np.finfo(np.float64).tiny, path))
