@@ -200,19 +200,28 @@ ROWS = [
 ]
 
 
+# The rows that run by default. The others differ from them in single steps.
+QUICK = {
+    "centered_momentum_bias_correction",
+    "compressed",
+    "keras",
+    "lr_outside_momentum",
+    "master_weights",
+    "schedule",
+    "torch",
+}
+
+
 def every_row(check):
     """Parametrize a check by all rows; a row with an exception for it must fail."""
     name = check.__name__.removeprefix("test_")
+
+    def marks(row):
+        if row.name not in QUICK:
+            yield pytest.mark.slow
+        if name in row.exceptions:
+            yield pytest.mark.xfail(reason=row.exceptions[name], strict=True)
+
     return pytest.mark.parametrize(
-        "row",
-        [
-            pytest.param(
-                row,
-                id=row.name,
-                marks=[pytest.mark.xfail(reason=row.exceptions[name], strict=True)]
-                if name in row.exceptions
-                else [],
-            )
-            for row in ROWS
-        ],
+        "row", [pytest.param(row, id=row.name, marks=[*marks(row)]) for row in ROWS]
     )(check)
