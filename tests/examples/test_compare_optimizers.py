@@ -19,6 +19,9 @@ from PIL import Image, ImageSequence
 
 import optax_rms
 
+# A whole program runs for them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def settings():

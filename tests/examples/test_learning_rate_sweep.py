@@ -14,6 +14,9 @@ from common import digits, sweep
 
 import optax_rms
 
+# A whole program runs for them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def unoptimized():

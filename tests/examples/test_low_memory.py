@@ -14,6 +14,9 @@ from common import characters
 
 import optax_rms
 
+# A whole program runs for them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
