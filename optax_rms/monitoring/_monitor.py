@@ -104,7 +104,7 @@ def monitor(
         inner_state = inner.init(params)
         shapes = jax.eval_shape(
             lambda p, s: report_of(p, p, p, s, (p, p), **options),
-            _inexact(params),
+            checks.check_parameters(params),
             inner_state,
         )
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -129,7 +129,9 @@ def monitor(
                 _zeros_for_none(tree, p) for tree in (g, changes, again, changes_again)
             )
             rated = again, changes_again
-            return report_of(g, changes, _inexact(p), new_state, rated, **options)
+            return report_of(
+                g, changes, checks.check_parameters(p), new_state, rated, **options
+            )
 
         if every == 1:
             report = new_report()
@@ -185,17 +187,10 @@ def read_report(state: Any) -> StepReport:
     return states[0].report
 
 
-def _inexact(params: PyTree) -> PyTree:
-    """``None`` in place of parameters that do not train, such as integers."""
-    return jax.tree.map(
-        lambda p: p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None, params
-    )
-
-
 def _zeros_for_none(tree: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(
         lambda p, x: jnp.zeros_like(p) if x is None and p is not None else x,
-        _inexact(params),
+        checks.check_parameters(params),
         tree,
         is_leaf=lambda p: p is None,
     )
