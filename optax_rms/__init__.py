@@ -15,7 +15,7 @@ from optax_rms.monitoring import (
     read_report,
     step_report,
 )
-from optax_rms.placement import state_shardings
+from optax_rms.placement import one_pass, state_shardings
 from optax_rms.storage import (
     SE5M2,
     SE8M7,
@@ -53,6 +53,7 @@ __all__ = [
     "dialects",
     "master_weights",
     "monitor",
+    "one_pass",
     "read_report",
     "recipes",
     "recompress_state",

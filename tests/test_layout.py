@@ -66,7 +66,7 @@ LAYERS = [
     ["monitoring._count_extremes"],
     ["_scale_by_rms"],
     ["placement.__init__"],
-    ["placement._state_shardings"],
+    ["placement._one_pass", "placement._state_shardings"],
     ["storage.__init__"],
     ["storage._seed_rounding"],
     ["storage._master_weights", "storage._compress_state"],

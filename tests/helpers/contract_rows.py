@@ -19,6 +19,7 @@ from optax_rms import (
     compress_state,
     dialects,
     monitor,
+    one_pass,
     rmsprop,
     scale_by_rms,
     split_master_weights,
@@ -81,6 +82,10 @@ def _split(learning_rate, decay, eps):
 def _monitored(learning_rate, decay, eps):
     inner = rmsprop(learning_rate, decay, eps)
     return monitor(inner, every=2, eps=eps, decay=decay)
+
+
+def _in_one_pass(learning_rate, decay, eps, momentum):
+    return one_pass(rmsprop(learning_rate, decay, eps, momentum=momentum))
 
 
 ROWS = [
@@ -184,6 +189,8 @@ ROWS = [
         exceptions={"tree_map_params": "what stays whole has optax.MaskedNode there"}
         | _MASKED_IN_NNX,
     ),
+    # The tests of `one_pass` repeat this row in a process with the flag of XLA.
+    Row("one_pass", _in_one_pass, _MOMENTUM),
     Row(
         "monitor",
         _monitored,
