@@ -15,7 +15,7 @@ from optax_rms.monitoring import (
     read_report,
     step_report,
 )
-from optax_rms.placement import one_pass, state_shardings
+from optax_rms.placement import one_pass, shard_state, state_shardings
 from optax_rms.storage import (
     SE5M2,
     SE8M7,
@@ -60,6 +60,7 @@ __all__ = [
     "rmsprop",
     "scale_by_rms",
     "seed_rounding",
+    "shard_state",
     "split_master_weights",
     "split_weights",
     "state_shardings",

@@ -72,10 +72,20 @@ def state_shardings(
       Training Trillion Parameter Models, section 5.1, https://arxiv.org/abs/1910.02054
     """
     mesh = _mesh(params)
-    if over is not None and over not in mesh.axis_names:
-        raise ValueError(
-            f"over must be an axis of the mesh, one of {mesh.axis_names}, got {over!r}."
-        )
+    if over is not None:
+        check_axis(over, mesh)
+    return shardings_of(tx, jax.eval_shape(tx.init, params), params, over, strict)
+
+
+def shardings_of(
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    params: PyTree,
+    over: str | None,
+    strict: bool = False,
+) -> PyTree:
+    """The shardings that `state_shardings` describes, for a state of ``tx``."""
+    mesh = _mesh(params)
     replicated = NamedSharding(mesh, PartitionSpec())
     undivided: set[str] = set()
 
@@ -85,7 +95,7 @@ def state_shardings(
         def shard_array(array):
             if array.shape != param.shape:
                 return replicated
-            sharding = _split(param, over)
+            sharding = split(param, over)
             if sharding is None:
                 undivided.add(f"{leaf_name(path)} {param.dtype}{list(param.shape)}")
             return sharding or param.sharding
@@ -100,20 +110,28 @@ def state_shardings(
     shardings = optax.tree_map_params(
         tx,
         shard_all,
-        jax.eval_shape(tx.init, params),
+        state,
         params,
         transform_non_params=lambda _: replicated,
         # All arrays that the state has for the parameters at once: a parameter may
         # have none (an integer) or several (the two parts of a complex number).
         is_leaf=lambda _: True,
     )
-    if strict and undivided:
+    if strict and over is not None and undivided:
         raise ValueError(
             f"no dimension of these parameters divides by the {mesh.shape[over]} "
             f"devices of {over!r}: {', '.join(sorted(undivided))}. Pad them, or pass "
             "strict=False."
         )
     return shardings
+
+
+def check_axis(over: str, mesh: Mesh) -> None:
+    """Raise a ``ValueError`` if ``over`` is no axis of the mesh."""
+    if over not in mesh.axis_names:
+        raise ValueError(
+            f"over must be an axis of the mesh, one of {mesh.axis_names}, got {over!r}."
+        )
 
 
 def _mesh(params: PyTree) -> Mesh:
@@ -134,7 +152,7 @@ def _mesh(params: PyTree) -> Mesh:
     return next(iter(meshes))
 
 
-def _split(param: Any, over: str | None) -> NamedSharding | None:
+def split(param: Any, over: str | None) -> NamedSharding | None:
     """The sharding of a parameter, split over one axis more where one divides."""
     sharding = param.sharding
     axes = [

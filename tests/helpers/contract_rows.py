@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -22,6 +24,7 @@ from optax_rms import (
     one_pass,
     rmsprop,
     scale_by_rms,
+    shard_state,
     split_master_weights,
 )
 
@@ -86,6 +89,11 @@ def _monitored(learning_rate, decay, eps):
 
 def _in_one_pass(learning_rate, decay, eps, momentum):
     return one_pass(rmsprop(learning_rate, decay, eps, momentum=momentum))
+
+
+def _sharded(learning_rate, decay, eps):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    return shard_state(rmsprop(learning_rate, decay, eps), mesh, "data")
 
 
 ROWS = [
@@ -202,6 +210,18 @@ ROWS = [
                 "a_split_state_gives_the_bits_of_a_whole_one",
             ),
             "a report is not in shards",
+        ),
+    ),
+    Row(
+        "shard_state",
+        _sharded,
+        _RATE,
+        exceptions=dict.fromkeys(
+            (
+                "jit_of_init_lies_where_the_parameters_lie",
+                "sharded_over_eight_devices",
+            ),
+            "its state lies where it was told to",
         ),
     ),
 ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class History(NamedTuple):
@@ -61,7 +62,7 @@ def run(
     if params is None:
         params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], g.dtype), gradients)
     params = jax.tree.map(jnp.asarray, params)
-    carry = params, tx.init(params) if state is None else state
+    carry = _on_one_mesh((params, tx.init(params) if state is None else state))
 
     def advance(carry, gradients):
         params, state = carry
@@ -80,6 +81,25 @@ def run(
         carry, after = advance(carry, jax.tree.map(jnp.asarray, at(gradients, t)))
         history.append(after)
     return jax.tree.map(lambda *steps: np.stack(steps), *history)
+
+
+def _on_one_mesh(carry):
+    """With whatever lies on no mesh beside what does, as in a user's program.
+
+    Otherwise the first step would put it there, and the second be compiled anew.
+    """
+
+    def is_on_mesh(x):
+        is_concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        return is_concrete and isinstance(x.sharding, NamedSharding)
+
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(carry) if is_on_mesh(x)}
+    if not meshes:
+        return carry
+    replicated = NamedSharding(*meshes, PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if is_on_mesh(x) else jax.device_put(x, replicated), carry
+    )
 
 
 def at(stack, t):
