@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.on_request import first_by_default
 from helpers.reference import DIALECTS, gradient_stream, relative_error
 from helpers.reference import rmsprop as reference_rmsprop
 from helpers.running import run
@@ -46,7 +47,11 @@ def test_positional_arguments_are_those_of_optax():
     assert {p.kind for p in ours[len(theirs) :]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("momentum", MOMENTA, ids=["plain", "momentum", "nesterov"])
+@pytest.mark.parametrize(
+    "momentum",
+    first_by_default(MOMENTA[::-1]),
+    ids=["nesterov", "momentum", "plain"],
+)
 @pytest.mark.parametrize("centered", BOTH)
 @pytest.mark.parametrize("eps_in_sqrt", BOTH)
 @x64()

@@ -111,7 +111,7 @@ def one_pass(
         shown = jnp.array(True)
 
         def call() -> tuple[Any, Any]:
-            """The update, on inputs that to XLA differ from the inputs of other calls."""
+            """The update, on inputs that to XLA differ from those of other calls."""
             nonlocal shown
             # One link more for each call, of scalars: XLA would copy an array.
             shown = jax.lax.optimization_barrier(shown)

@@ -70,6 +70,7 @@ def test_integer_leaves_have_no_state(row, filtering):
         tx.update(Model(g["kernel"], jnp.arange(3), None), state, params)
 
 
+@pytest.mark.slow
 @every_row
 def test_second_derivatives_where_units_are_dead(row):
     """A unit that never fires has gradients of 0, and a root of 0 has no derivative."""

@@ -12,6 +12,7 @@ import optax
 import pytest
 from helpers import reference, trajectory
 from helpers.comparison import assert_same_bits
+from helpers.on_request import first_by_default
 from helpers.running import at, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +47,7 @@ def test_the_optimizer_is_our_own():
     assert dialect.rmsprop is optax_rms.rmsprop
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", first_by_default([0.9, None]))
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_run_handed_over_and_back(centered, bias_correction, momentum):

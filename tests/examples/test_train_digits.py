@@ -18,6 +18,7 @@ import optax
 import pytest
 import train_digits
 from common import checkpoints, curves, digits, results
+from helpers.on_request import first_by_default
 
 import optax_rms
 
@@ -124,6 +125,7 @@ def test_mean_validation_accuracy_over_five_seeds_is_at_least_97_percent(
     assert np.mean(accuracies) >= 0.97
 
 
+@pytest.mark.slow
 def test_one_call_per_epoch(monkeypatch, tmp_path):
     steps = []
 
@@ -262,7 +264,9 @@ def test_run_prints_a_table_and_writes_curves_and_results(tmp_path, capsys):
     assert picture.std() > 0.01
 
 
-@pytest.mark.parametrize("flags", [[], ["--momentum", 0.9, "--learning-rate", 1e-4]])
+@pytest.mark.parametrize(
+    "flags", first_by_default([["--momentum", 0.9, "--learning-rate", 1e-4], []])
+)
 def test_the_same_run_with_optax_has_the_same_losses(tmp_path, capsys, flags):
     """The drop-in: up to rounding, which 132 steps of training pass on."""
     found = run(tmp_path, "--epochs", 3, *flags)
@@ -277,7 +281,7 @@ def test_the_same_run_with_optax_has_the_same_losses(tmp_path, capsys, flags):
     ) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("factor", [1 + 1e-3, np.nan])
+@pytest.mark.parametrize("factor", first_by_default([np.nan, 1 + 1e-3]))
 def test_a_difference_from_optax_is_shown(monkeypatch, tmp_path, capsys, factor):
     """An optimizer that is not the same, and a run with Optax that diverges."""
     optax_rmsprop = optax.rmsprop
@@ -295,6 +299,7 @@ def test_a_difference_from_optax_is_shown(monkeypatch, tmp_path, capsys, factor)
         assert difference > 1e-4 * found["final"]["loss"]
 
 
+@pytest.mark.slow
 def test_mnist_in_keras_layout(tmp_path, capsys):
     np.savez(tmp_path / "mnist.npz", **mnist_like())
     final = run(tmp_path, "--data", tmp_path / "mnist.npz", "--epochs", 4)["final"]

@@ -232,7 +232,6 @@ QUICK = {
     "centered_momentum_bias_correction",
     "compressed",
     "keras",
-    "lr_outside_momentum",
     "master_weights",
     "schedule",
     "torch",

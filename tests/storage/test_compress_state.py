@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers.on_request import first_by_default
 from helpers.running import step
 from helpers.trajectory import x64
 
@@ -161,7 +162,9 @@ def test_codes_stand_in_for_the_arrays_of_the_fields_alone(case):
     assert codes == sum(c.elements for c in counts.values()) == CASES[case][2]
 
 
-@pytest.mark.parametrize("case", ["rmsprop", "adagrad", "partition", "MultiSteps"])
+@pytest.mark.parametrize(
+    "case", first_by_default(["MultiSteps", "rmsprop", "adagrad", "partition"])
+)
 def test_an_update_is_decode_update_encode(case):
     inner, tx, formats = build(case)
     p, state = train(tx, 3)
@@ -444,7 +447,7 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize(("kind", "decay"), NOISE)
+@pytest.mark.parametrize(("kind", "decay"), first_by_default(NOISE, 2))
 def test_moving_averages_have_no_bias_and_the_noise_of_the_format(kind, decay):
     formats = [UE6M2, dataclasses.replace(UE6M2, decay=decay), UE8M8]
     # Time enough to forget the initial values, and to fall by 2^-20.
@@ -497,6 +500,7 @@ def mean_loss(tx, scale):
     return losses.mean(), state
 
 
+@pytest.mark.slow
 def test_every_loss_scale_trains_alike_in_a_window_from_eps():
     scales = 2.0 ** jnp.arange(-16.0, 17.0, 8.0)
     inner = optax.rmsprop(3e-3, decay=0.9, eps=1e-8)

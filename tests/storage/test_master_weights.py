@@ -426,6 +426,7 @@ def test_weights_are_split_in_every_part_of_a_state():
         split_weights(weights, params, optax.EmptyState())
 
 
+@pytest.mark.slow
 def test_split_weights_learn_where_bfloat16_stalls():
     """A network of 64 tanh units on the digits, all its weights in one vector."""
     images, labels = (jnp.asarray(x) for x in load_digits(return_X_y=True))

@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers.on_request import first_by_default
 
 from optax_rms import (
     SE5M2,
@@ -245,13 +246,15 @@ COMPILED = {
 @pytest.mark.parametrize("way", COMPILED)
 @pytest.mark.parametrize(
     "inner",
-    [
-        INNER,
-        optax.adam(0.1),
-        optax.inject_hyperparams(optax.rmsprop)(learning_rate=0.1),
-        optax.MultiSteps(optax.adam(0.1), 1).gradient_transformation(),
-        optax.partition({"all": optax.adam(0.1)}, lambda p: "all"),
-    ],
+    first_by_default(
+        [
+            INNER,
+            optax.adam(0.1),
+            optax.inject_hyperparams(optax.rmsprop)(learning_rate=0.1),
+            optax.MultiSteps(optax.adam(0.1), 1).gradient_transformation(),
+            optax.partition({"all": optax.adam(0.1)}, lambda p: "all"),
+        ]
+    ),
     ids=["rmsprop", "adam", "inject_hyperparams", "MultiSteps", "partition"],
 )
 def test_codes_of_other_formats_are_nan_when_compiled(inner, way):

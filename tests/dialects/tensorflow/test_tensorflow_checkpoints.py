@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import tensorflow_files as files
+from helpers.on_request import first_by_default
 from helpers.reference import relative_error
 
 from optax_rms import dialects
@@ -259,7 +260,7 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("argument", NEIGHBOURS)
+@pytest.mark.parametrize("argument", first_by_default(NEIGHBOURS, 2))
 def test_the_data_reject_every_other_argument(argument):
     changes = {argument: NEIGHBOURS[argument]}
     tx, state = import_run("new_everything", **changes)
