@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from optax_rms import dialects
+
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ["benchmarks", "docs", "examples", "optax_rms", "tests"]
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
@@ -39,3 +41,14 @@ def test_contributing_names_what_the_tests_call_so():
         source = (ROOT / path).read_text()
         for name in re.findall(r"`([A-Z]{4,}|[A-Z][a-z]+|test_\w+)`", step):
             assert name in source, f"{path} has no {name}"
+
+
+def test_the_form_of_a_dialect_lists_every_optimizer():
+    form = (ROOT / ".github/ISSUE_TEMPLATE/dialect.yml").read_text()
+    listed = set(re.findall(r"- (dialects\.\w+\.\w+)", form))
+    assert listed == {
+        f"dialects.{framework}.{name}"
+        for framework in ("keras", "optax", "tensorflow", "torch")
+        for name in getattr(dialects, framework).__all__
+        if "rmsprop" in name
+    }
