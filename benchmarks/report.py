@@ -82,6 +82,21 @@ def centered(results: pathlib.Path) -> str:
     return markdown(head, rows)
 
 
+def dreamer(results: pathlib.Path) -> str:
+    """Mean steps relative to float32: a row per format, a column per gradient."""
+    result = read(results, "dreamer")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    measured = result["measured"]
+    scales = [f"{cell['scale']:.0e}" for cell in measured["float32"]]
+    rows = [
+        (f"`{name}`", *(f"{cell['relative_step']:.3g}" for cell in cells))
+        for name, cells in measured.items()
+        if name != "float32"
+    ]
+    return markdown(("format", *(f"`{scale}`" for scale in scales)), rows)
+
+
 def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
     """A row for each side of each comparison, a column for each set of leaves."""
     result = read(results, f"update_step.{device}")
@@ -354,6 +369,7 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "drift": drift,
     "centered": centered,
+    "dreamer": dreamer,
     "quality": quality,
     "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,

@@ -114,6 +114,13 @@ def check_flag(name: str, value: object) -> bool:
     )
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of the strings ``choices``."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
 def reject_options(**options: tuple[Any, Any, str]) -> None:
     """Raise a ``ValueError`` for an option that is not at its default.
 

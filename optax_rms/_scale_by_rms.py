@@ -115,7 +115,7 @@ def _leaf(centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool):
     return leaf
 
 
-def _sum_of_weights(decay: Number, steps: Any) -> jax.Array:
+def sum_of_weights(decay: Number, steps: Any) -> jax.Array:
     """1 - decay^steps, to full precision also where decay is close to 1."""
     dtype = jnp.result_type(float)
     if isinstance(decay, jax.Array):
@@ -158,8 +158,8 @@ def rms_step(
     def coefficients(count):
         total = previous_total = None
         if bias_correction:
-            previous_total = _sum_of_weights(decay, count)
-            total = _sum_of_weights(decay, optax.safe_increment(count))
+            previous_total = sum_of_weights(decay, count)
+            total = sum_of_weights(decay, optax.safe_increment(count))
         return _Coefficients(decay, 1 - decay, eps, total, previous_total)
 
     # Most often it is known that eps is not 0, and a guard would take a few percent.

@@ -20,7 +20,17 @@ TESTS = pathlib.Path(__file__).parent
 PACKAGE = TESTS.parent / "optax_rms"
 LAYERS = [
     ["__init__"],
-    ["recipes"],
+    ["recipes.__init__"],
+    ["recipes._citations"],
+    [
+        "recipes._generative",
+        "recipes._laprop",
+        "recipes._physics",
+        "recipes._reinforcement_learning",
+        "recipes._sequences",
+        "recipes._vision",
+    ],
+    ["recipes._schedules"],
     ["dialects.__init__"],
     [
         "dialects.torch.__init__",

@@ -22,7 +22,7 @@ def clip_by_value(gradients: PyTree, limit: ArrayLike) -> PyTree:
 
 def clip_by_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
     """Scale every array down until its Euclidean norm is at most ``limit``."""
-    return jax.tree.map(lambda g: _scale(g, _factor(_norm(g), limit)), gradients)
+    return jax.tree.map(lambda g: _scale(g, _factor(norm(g), limit)), gradients)
 
 
 def clip_by_global_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
@@ -31,12 +31,13 @@ def clip_by_global_norm(gradients: PyTree, limit: ArrayLike) -> PyTree:
     A norm that is not finite makes every gradient NaN, as in both frameworks: it is
     better to notice than to lose the direction.
     """
-    norm = _norm(gradients)
-    factor = jnp.where(jnp.isfinite(norm), _factor(norm, limit), jnp.nan)
+    total = norm(gradients)
+    factor = jnp.where(jnp.isfinite(total), _factor(total, limit), jnp.nan)
     return jax.tree.map(lambda g: _scale(g, factor), gradients)
 
 
-def _norm(tree: PyTree) -> jax.Array:
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all arrays together, with a finite derivative at 0."""
     dtype = jnp.result_type(float)
     squares = [jnp.sum(jnp.square(jnp.abs(widen(g)))) for g in jax.tree.leaves(tree)]
     total = sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype))
