@@ -122,8 +122,8 @@ def dqn_dopamine(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformat
       >>> from optax_rms import recipes
       >>> tx = recipes.dqn_dopamine()
       >>> updates, _ = tx.update(jnp.array([0.1, 10.0]), tx.init(jnp.zeros(2)))
-      >>> print((updates / 2.5e-4).round(3))
-      [-0.103 -4.188]
+      >>> print([f"{update / 2.5e-4:.3f}" for update in updates])
+      ['-0.103', '-4.189']
 
     References:
       Castro et al., 2018, Dopamine: A Research Framework for Deep Reinforcement
