@@ -1,43 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the documentation site: sphinx-build -W docs docs/_build."""
 
-import re
-from importlib.metadata import version as installed_version
+import os
+import pathlib
+import sys
+from importlib.metadata import metadata
 
-from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
+sys.path.append(str(pathlib.Path(__file__).parent / "_extensions"))
 
 project = "optax_rms"
 author = copyright = "the optax_rms authors"
-version = release = installed_version("optax-rms")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+version = release = metadata("optax-rms")["Version"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "llms_txt",
+    "mathml",
+    "short_types",
+    "social_card",
+]
+exclude_patterns = ["_build"]
+
 html_theme = "furo"
+html_title = f"optax_rms {version}"
+html_short_title = metadata("optax-rms")["Summary"]
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
-# Browsers display MathML without a script and without a network. MathJax, the default,
-# comes from a server, and a page without a network shows the TeX source.
+html_favicon = "_static/favicon.svg"
 html_math_renderer = "mathml"
-exclude_patterns = ["_build"]
-autodoc_typehints = "none"
-default_role = "py:obj"
+# The address of the site, which Read the Docs puts into this variable.
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+copybutton_exclude = ".linenos, .gp, .go"
+
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+
+default_role = "py:obj"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
 napoleon_include_init_with_doc = False
+python_maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 
-
-def write_mathml(translator, node):
-    """Write a formula as MathML; TeX that docutils cannot convert fails the build."""
-    tex, is_block = node.astext(), isinstance(node, nodes.math_block)
-    if re.search(r"(frac|sqrt|\^|_) *\d\d", tex):
-        # docutils reads one number: \frac12 becomes 12 over the next term.
-        raise ValueError(f"{tex!r} needs braces, for example \\frac{{1}}{{2}}")
-    mathml = tex2mathml(tex, as_block=is_block)
-    # A wide formula scrolls in a box of its own, and the page does not.
-    box = f'<div class="formula">{mathml}</div>' if is_block else mathml
-    translator.body.append(box)
-    raise nodes.SkipNode
-
-
-def setup(app):
-    renderers = (write_mathml, None), (write_mathml, None)
-    app.add_html_math_renderer("mathml", *renderers)
+# A reference that leads nowhere is an error, except to names of other packages: their
+# pages are on other sites, and the build needs no network.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", "LearningRate|ArrayLike|DTypeLike"),
+    ("py:.*", r"(jax|numpy|np|optax|collections|typing|os|pathlib)\..*"),
+]

@@ -150,7 +150,7 @@ class Minifloat:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the codes: uint8, uint16, or bfloat16 if the format is just that."""
+        """Dtype of the codes (uint8, uint16, or bfloat16, if the format is that)."""
         if self.signed and self.exponent_bits == 8 and self.lowest_exponent == -127:
             return jnp.dtype(jnp.bfloat16)
         return self._code_dtype

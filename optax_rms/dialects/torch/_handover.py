@@ -97,10 +97,10 @@ def import_state(
         PyTorch, with another formula. ``None`` for PyTorch and timm.
 
     Returns:
-      The transformation, and its state, which continue the run: with ``param_groups``
-      of different settings an ``optax.partition``, otherwise `rmsprop`, `rmsprop_tf`,
-      `rmsprop_tf_like` or `rmsprop_eps_inside_sqrt`. A parameter without state starts
-      anew, as it does in PyTorch.
+      The transformation and its state, which continue the run. With ``param_groups`` of
+      different settings the transformation is an ``optax.partition``, otherwise
+      `rmsprop`, `rmsprop_tf`, `rmsprop_tf_like` or `rmsprop_eps_inside_sqrt`. A
+      parameter without state starts anew, as it does in PyTorch.
 
     Raises:
       ValueError: naming everything in the state dict that is missing, left over, of a
