@@ -118,9 +118,9 @@ def dreamer_v3(
 
     An epsilon of 1e-20 does not hide anything that a storage format loses: where the
     code of a mean square rounds to 0, the next step is up to 32 learning rates long.
-    With ``compress_state``, take ``optax_rms.UE8M8`` for ``nu``, which has float32's window, and
-    not ``optax_rms.UE6M2``, whose window begins at gradients of 1e-7. The page "Reproduce a paper"
-    has the measurement.
+    With ``compress_state``, take ``UE8M8`` for ``nu``, which has float32's window, and
+    not ``UE6M2``, whose window begins at gradients of 1e-7. The page "Reproduce a
+    paper" has the measurement.
 
     Args:
       learning_rate: the rate after the warm-up.
