@@ -199,19 +199,7 @@ ROWS = [
     ),
     # The tests of `one_pass` repeat this row in a process with the flag of XLA.
     Row("one_pass", _in_one_pass, _MOMENTUM),
-    Row(
-        "monitor",
-        _monitored,
-        _RATE,
-        exceptions=dict.fromkeys(
-            (
-                "sharded_over_eight_devices",
-                "every_transformation",
-                "a_split_state_gives_the_bits_of_a_whole_one",
-            ),
-            "a report is not in shards",
-        ),
-    ),
+    Row("monitor", _monitored, _RATE),
     Row(
         "shard_state",
         _sharded,
