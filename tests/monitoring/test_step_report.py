@@ -54,6 +54,7 @@ def brute_force(g, u, p, nu=None, eps=None, in_sqrt=True, decay=None):
         "gradient_rms": rms(0),
         "update_rms": rms(1),
         "parameter_rms": rms(2),
+        "update_to_parameter": rms(1) / rms(2) if rms(2) else None,
         "zero_gradients": sum(row[0] == 0 for row in rows) / n,
         "zero_updates": 1 - sum(nonzero) / n,
         "lost_to_rounding": sum(lost) / sum(nonzero) if any(nonzero) else None,
@@ -83,6 +84,8 @@ def assert_figures(figures, expected):
             assert actual is None, name
         elif name.endswith("_rms"):
             assert actual == pytest.approx(value, rel=RMS_ERROR), name
+        elif name == "update_to_parameter":
+            assert actual == pytest.approx(value, rel=2 * RMS_ERROR), name
         else:
             assert actual == pytest.approx(value, rel=1e-15), name
 
@@ -223,6 +226,11 @@ def test_nonfinite_elements_are_counted_and_poison_only_their_own_norm():
     assert figures.nonfinite == 3 / 4
     assert np.isnan(figures.gradient_rms)
     assert figures.parameter_rms == 1
+    # An infinite parameter does not move either, but not because of rounding.
+    u = jnp.asarray([1.0, np.inf, 1.0, 0.0])
+    figures = report_of(jnp.ones(4), u, jnp.asarray([1.0, 1.0, np.inf, 1.0])).whole
+    assert figures.nonfinite == 2 / 4
+    assert figures.lost_to_rounding == 0
     overflow = report_of(jnp.full(3, 1e30), jnp.ones(3), jnp.ones(3)).whole
     assert overflow.gradient_rms == np.inf
     assert overflow.nonfinite == 0
@@ -279,6 +287,14 @@ def test_percentiles_of_a_large_leaf_are_of_a_sample():
         low = np.quantile(ratios, max(share - slack, 0)) * (1 - BIN_ERROR)
         high = np.quantile(ratios, share + slack) * (1 + BIN_ERROR)
         assert low <= value <= high
+
+
+def test_sample_has_odd_and_even_columns():
+    """Each head or channel of a power of two is in the sample."""
+    g = jnp.tile(jnp.asarray([1.0, 8.0]), (512, 256))
+    figures = step_report(g, jnp.ones(g.shape), jnp.ones(g.shape)).whole
+    rates = [figures.rate_p01, figures.rate_p99]
+    np.testing.assert_allclose(rates, [1 / 8, 1], rtol=BIN_ERROR)
 
 
 def test_percentiles_of_all_leaves_weigh_a_sample_as_its_leaf():
@@ -355,6 +371,27 @@ def test_corrected_mean_square_is_meant(name):
     assert unknown.whole.gradient_to_mean_square is None
 
 
+def test_correction_of_a_long_average_is_precise():
+    """The difference of 1 and a power of decay in float32 would be 1e-4 off."""
+    decay = 1 - 2.0**-14
+    total = 1 - decay**3
+    nu = jnp.full(4, total, jnp.float32)
+    state = optax.ScaleByAdamState(count=jnp.asarray(3), mu=nu, nu=nu)
+    figures = report_of(*(jnp.ones(4),) * 3, state, decay=decay).whole
+    # The logarithm, the exponential and the quotient, each to 2 half units.
+    assert figures.gradient_to_mean_square == pytest.approx(1, rel=6 * 2.0**-24)
+
+
+def test_leaves_without_mean_square_are_no_part_of_a_spike():
+    labels = {"a": "rms", "b": "sgd"}
+    tx = optax.partition({"rms": RMS(), "sgd": optax.sgd(0.1)}, labels)
+    updates, state = take_steps(tx, PARAMS, GRADIENTS)
+    report = step_report(GRADIENTS, updates, PARAMS, state)
+    assert report.leaves["b"].gradient_to_mean_square is None
+    spike = report.leaves["a"].gradient_to_mean_square
+    assert report.whole.gradient_to_mean_square == spike
+
+
 def test_eps_outside_the_root_is_compared_with_the_root():
     tx = optax_rms.scale_by_rms(0.5, 0.1, eps_in_sqrt=False)
     updates, state = take_steps(tx, PARAMS, GRADIENTS, 1)
@@ -394,6 +431,11 @@ def test_noise_to_signal_and_variance_of_a_centered_state(tx):
     assert report.whole.noise_to_signal == pytest.approx(noise, rel=1e-5)
     assert not np.any(np.isclose(variance, 0.2, rtol=1e-4))
     assert report.whole.ruled_by_eps == pytest.approx(np.mean(variance < 0.2))
+    # Of this gradient, 3/4 of the variance, and not of the mean square.
+    own = 0.25 * np.square(stream[-1], dtype=np.float64)
+    assert not np.any(np.isclose(own, 0.75 * variance, rtol=1e-4))
+    assert report.whole.at_cap == pytest.approx(np.mean(own >= 0.75 * variance))
+    assert report.whole.at_cap > np.mean(own >= 0.75 * (variance + mean**2))
     mean_square = (variance + mean**2).mean()
     spike = np.square(stream[-1], dtype=np.float64).mean() / mean_square
     assert report.whole.gradient_to_mean_square == pytest.approx(spike, rel=1e-5)
