@@ -49,13 +49,14 @@ def monitor(
     A report reads gradients, parameters and moments once more, before the step
     overwrites them. Nothing is copied for that, and steps without a report move no more
     bytes than those of ``inner``. Compiled for the CPU, an update of float32 RMSProp
-    alone moves 28 bytes per element, and a report reads 12 of them again: ``every=1``
-    adds 43 %, and ``every=50`` less than 1 %. No report can read less. For a whole
-    training step the share is smaller, for example 3 % with ``every=1`` for a small
-    transformer. XLA's cost analysis says 71 % for the update alone: the percentiles
-    read a sample of two arrays, and XLA counts all elements. The report computes
-    ``inner.update`` again, twice, fused into its sums, so that ``inner`` takes three
-    times as long to compile. Under ``jax.vmap``, every step computes a report.
+    alone moves 28 bytes per element, and a report reads 12 of them again, the least
+    that a pass of its own can read: ``every=1`` adds 43 %, and ``every=50`` less than
+    1 %. For a whole training step the share is smaller, for example 3 % with
+    ``every=1`` for a small transformer. XLA's cost analysis says 71 % for the update
+    alone: the percentiles read a sample of two arrays, and XLA counts all elements. The
+    report computes ``inner.update`` again, twice, fused into its sums, so that
+    ``inner`` takes three times as long to compile. Under ``jax.vmap``, every step
+    computes a report.
 
     Args:
       inner: any transformation whose updates are added to the parameters. It should be

@@ -45,12 +45,7 @@ def finished(tmp_path_factory):
             "sum over the batch",
             "epsilon rules 100 %",
         ),
-        (
-            "lost_to_rounding",
-            "bfloat16",
-            "bfloat16 and split_master_weights",
-            "rounding takes ",
-        ),
+        ("lost_to_rounding", "bfloat16", "split_master_weights", "rounding takes "),
     ],
 )
 def test_report_names_the_fault_and_the_remedy_trains(
