@@ -19,8 +19,8 @@ def wgan(
 ) -> optax.GradientTransformation:
     """Wasserstein GAN; after every step the weights of the critic are clipped to 0.01.
 
-    PyTorch's RMSProp with its defaults, which are a decay of 0.99 and epsilon 1e-8
-    outside the root, and no momentum.
+    PyTorch's RMSProp with the default decay of 0.99, epsilon 1e-8 outside the root, and
+    no momentum.
 
     Loss: the mean over a batch of 64 of the critic's output, for real images less that
     for generated images. The critic takes 5 steps per step of the generator. The code,
@@ -85,18 +85,17 @@ def stylegan2(
 ) -> optax.GradientTransformation:
     """StyleGAN2 with lazy regularization: RMSProp with bias correction.
 
-    Adam with b1 = 0 is RMSProp with bias correction and epsilon outside the root, 1e-8
-    here. The regularization is a step of its own after every 4 steps of the generator
-    and every 16 of the discriminator, with the same optimizer and state. With k such
-    steps the learning rate is multiplied by k / (k + 1), and the decay is
-    0.99^(k / (k + 1)).
+    Adam with b1 = 0 is RMSProp with bias correction and epsilon outside the root, here
+    1e-8. Every k steps, 4 for the generator and 16 for the discriminator, the gradient
+    of the regularization is one more step of the same optimizer. In return the learning
+    rate is multiplied by k / (k + 1), and the decay is 0.99^(k / (k + 1)).
 
     Loss: the mean over the batch (32 in the configuration ``stylegan2``) of the
     logistic loss. The regularization of every k-th step is multiplied by k.
 
-    Disputed: epsilon. The first code, in TensorFlow, divides by the root of the mean
-    square plus epsilon before the bias correction. Its epsilon is therefore
-    1 / sqrt(1 - decay^t) times larger, which only gradients below 1e-6 show.
+    Disputed: epsilon. The first code, in TensorFlow, adds epsilon before the bias
+    correction, and not after. Epsilon is then 1 / sqrt(1 - decay^t) times larger, that
+    is, up to 10 times, which matters only for gradients below 1e-6.
 
     Args:
       network: ``"generator"`` or ``"discriminator"``.

@@ -105,10 +105,10 @@ def dreamer_v3(
     """DreamerV3: every tensor clipped to 0.3 of its weights' norm, then `laprop`.
 
     The gradient of every tensor is scaled down to a norm of at most 0.3 times the norm
-    of its weights, or 0.3 * 0.001 if that is larger. ``optax.adaptive_grad_clip`` is
-    another rule: it takes norms of rows instead of tensors. Then `laprop` with b1 =
-    0.9, b2 = 0.999 and epsilon 1e-20, and a learning rate that grows linearly from 0
-    within 1,000 steps.
+    of the weights, for example to 0.6 if the weights have a norm of 2, but not below
+    0.3 * 0.001. ``optax.adaptive_grad_clip`` is another rule, with norms of rows. Then
+    comes `laprop` with b1 = 0.9, b2 = 0.999 and epsilon 1e-20, and a learning rate that
+    grows linearly from 0 within 1,000 steps.
 
     Loss: the sum of the losses of model, policy and value, times their scales, each the
     mean over batch and time. Neither the clipping nor the division depends on the scale
@@ -116,11 +116,11 @@ def dreamer_v3(
 
     Disputed: b2. The paper has 0.99, the code 0.999, here as well.
 
-    An epsilon of 1e-20 does not hide anything that a storage format loses: where the
-    code of a mean square rounds to 0, the next step is up to 32 learning rates long.
-    With ``compress_state``, take ``UE8M8`` for ``nu``, which has float32's window, and
-    not ``UE6M2``, whose window begins at gradients of 1e-7. The page "Reproduce a
-    paper" has the measurement.
+    Next to an epsilon of 1e-20 every mean square matters, however small. Where a format
+    of storage rounds a mean square to 0, the next step is up to 32 learning rates long.
+    With ``compress_state`` take ``optax_rms.UE8M8`` for ``nu``, which has the window of
+    float32. The window of ``optax_rms.UE6M2`` begins at gradients of 1e-7, and below,
+    steps are 30 times longer. The page "Reproduce a paper" has the measurement.
 
     Args:
       learning_rate: the rate after the warm-up.

@@ -22,8 +22,8 @@ def netket(
     Loss: the energy, a mean over samples. The gradient may be one of stochastic
     reconfiguration.
 
-    Disputed: the place of epsilon. NetKet calls ``optax.rmsprop``, whose epsilon is
-    inside the root, as it was in the Python code before, from April 2020 on. The
+    Disputed: the place of epsilon. NetKet calls ``optax.rmsprop``, with epsilon inside
+    the root. Epsilon was inside in the older Python code, too, from April 2020 on. The
     documentation of ``RmsProp`` has the formula :math:`\eta / (\sqrt{s_k} + \epsilon)`,
     which is that of the code in C++ until then. The two differ for gradients of 3e-4,
     the root of 1e-7, and below: after many gradients of 1e-6, the steps are 0.003

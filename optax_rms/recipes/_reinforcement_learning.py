@@ -106,10 +106,9 @@ def dqn_dopamine(learning_rate: ArrayLike = 2.5e-4) -> optax.GradientTransformat
     temporal difference up to 1. The epsilon for this mean, 0.01 / 32^2, is 9.8e-6.
 
     Disputed: the start from 1, which needs 224 steps to decay to epsilon, 1e-5. Until
-    then it shortens the steps of smaller gradients. Dopamine's JAX agent has another
-    start: it passes its argument ``beta2`` to ``optax.rmsprop`` as the decay, and
-    averages start from 0, as in `dqn_zoo`. Its configurations for Atari choose Adam
-    instead.
+    then the steps of smaller gradients are shorter. In Dopamine's JAX agent, averages
+    start from 0, as in `dqn_zoo`: the argument ``beta2`` of ``create_optimizer`` is the
+    decay of ``optax.rmsprop``. The configurations for Atari choose Adam instead.
 
     Args:
       learning_rate: a number or scalar array.
@@ -187,8 +186,8 @@ def impala(
 
     On Atari the paper has a learning rate of 6e-4, epsilon 0.01, no momentum, and clips
     the global norm to 40, with B = 32 and T = 20: read in Table S6 of Such et al., who
-    took it from the paper. `impala_torchbeast` and `impala_cleanba` have such numbers
-    in PyTorch's dialect. It is another optimizer. In TensorFlow's it is
+    quote the paper. `impala_torchbeast` and `impala_cleanba` have such numbers in
+    PyTorch's dialect, which is another optimizer. TensorFlow's dialect is
     ``optax.chain(optax.clip_by_global_norm(40.0), dialects.tensorflow.rmsprop(
     optax.linear_schedule(6e-4, 0.0, total_steps), 0.99, epsilon=0.01))``, with the
     decay of ``experiment.py``, because the table has none.

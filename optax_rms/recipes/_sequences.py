@@ -19,14 +19,12 @@ def graves_handwriting(learning_rate: ArrayLike = 1e-4) -> optax.GradientTransfo
     paper, in Section 4.2.
 
     Loss: the negative logarithm of the density of a sequence, a sum over its points.
-    Within the backward pass the paper clips the derivatives of the outputs to
-    [-100, 100] and those of the LSTM layers to [-10, 10]; that is no part of the
-    optimizer.
+    Within the backward pass, which is no part of the optimizer, the paper clips the
+    derivatives of the outputs to [-100, 100] and of the LSTM layers to [-10, 10].
 
-    Disputed: nothing, but the paper was read in a transcription. Its equation 40, the
-    step itself, was missing there, and the two decays of equations 38 and 39 could be
-    different symbols. Both averages here decay with 0.95, and the numbers have the
-    places that they have in Chainer's ``RMSpropGraves``.
+    The paper was read in a transcription without equation 40, the step itself, and with
+    unclear symbols for the decays of equations 38 and 39. Here both averages decay with
+    0.95, and every number has the place of Chainer's ``RMSpropGraves``.
 
     Args:
       learning_rate: a number or scalar array.

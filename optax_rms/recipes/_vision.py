@@ -21,9 +21,10 @@ def inception_v3(
     momentum.
 
     Loss: the mean over the batch (256 in the code's comment) of the cross-entropy, plus
-    0.4 times that of the auxiliary head, plus 4e-5 times half the sum of the squared
-    weights. Add the last to the gradients:
-    ``optax.chain(optax.add_decayed_weights(4e-5), recipes.inception_v3(...))``.
+    0.4 times the same for the auxiliary head, with labels smoothed by 0.1, plus 4e-5
+    times half the sum of the squared weights of convolutions and dense layers. This
+    last part can be added to the gradients instead, where ``mask`` selects the weights:
+    ``optax.chain(optax.add_decayed_weights(4e-5, mask), recipes.inception_v3(...))``.
 
     Disputed: the schedule. The paper (Section 8) has a learning rate of 0.045, times
     0.94 per 2 epochs, batches of 32, and clips gradients with a threshold of 2.0. It
@@ -65,15 +66,15 @@ def efficientnet(
     momentum of 0.9 and an epsilon of 0.001: ``build_optimizer`` in
     ``efficientnet/utils.py`` of TensorFlow's TPU models. The learning rate, 0.016 per
     256 images, is a flag of ``main.py``. Section 5.2 of the paper has the same numbers,
-    except epsilon and the warm-up, which it does not mention.
+    but neither epsilon nor the warm-up.
 
     Loss: the mean over the batch of the cross-entropy, with labels smoothed by 0.1,
-    plus 1e-5 times half the sum of the squared weights, those of batch normalization
-    left out. Add the last to the gradients:
+    plus 1e-5 times half the sum of the squared weights, without batch normalization.
+    This last part can be added to the gradients instead:
     ``optax.chain(optax.add_decayed_weights(1e-5, mask), recipes.efficientnet(...))``.
 
-    The average of the weights with a decay of 0.9999 is evaluated; ``optax.ema`` of the
-    parameters computes it.
+    The weights that are evaluated are an average, with a decay of
+    min(0.9999, (1 + t) / (10 + t)) at step t.
 
     Args:
       steps_per_epoch: the number of batches in the data.

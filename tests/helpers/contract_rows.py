@@ -22,6 +22,7 @@ from optax_rms import (
     dialects,
     monitor,
     one_pass,
+    recipes,
     rmsprop,
     scale_by_rms,
     shard_state,
@@ -177,6 +178,11 @@ ROWS = [
             "decay": 0.5,
         },
         eps="epsilon",
+    ),
+    Row(
+        "laprop",
+        recipes.laprop,
+        {"learning_rate": 0.1, "b2": 0.8, "b1": 0.9, "eps": 1e-4},
     ),
     Row(
         "compressed",
