@@ -36,7 +36,7 @@ html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 copybutton_exclude = ".linenos, .gp, .go"
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 
 default_role = "py:obj"
 autodoc_typehints = "signature"
