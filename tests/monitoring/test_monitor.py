@@ -320,22 +320,28 @@ def test_a_step_without_report_moves_nothing_more(name):
     assert memory <= plain.memory_analysis().temp_size_in_bytes + 2**20
 
 
-def sampled_bytes(program):
-    """Bytes of arrays of which a fusion reads a sample, which XLA counts as a whole.
+def called(program, text):
+    """The computations that the instructions in a part of a program call."""
+    for name in re.findall(r"(?:calls|to_apply)=(%[\w.-]+)", text):
+        body = program.split(f"\n{name} (", 1)[1].split("\n}", 1)[0]
+        yield body
+        yield from called(program, body)
 
-    Such a fusion slices and does not reduce, so that it reads no more elements of an
-    array than it writes.
+
+def sampled_bytes(program):
+    """Bytes of arrays of which an instruction reads a sample, and XLA counts all.
+
+    Without a reduction in it, an instruction reads no more elements of an array than it
+    writes, and these write the 4,096 elements of a sample at most.
     """
     types = {name: type for name, type, _, _ in instructions(program)}
     total = 0
     for name, type, operation, operands in launches(program):
-        if operation != "fusion" or bytes_in_memory(type) > 4 * 4096:
-            continue
-        called = re.search(rf"{re.escape(name)} = .*calls=(%[\w.-]+)", program)
-        body = program.split(f"\n{called[1]} (", 1)[1].split("\n}", 1)[0]
-        if " slice(" in body and " reduce(" not in body:
-            read = dict.fromkeys(re.findall(r"%[^\s,]+", operands))
-            total += sum(bytes_in_memory(types[name]) for name in read)
+        if operation in ("fusion", "call") and bytes_in_memory(type) <= 4 * 4096:
+            line = re.search(rf"\s{re.escape(name)} = .*", program)[0]
+            if not any(" reduce(" in body for body in called(program, line)):
+                read = dict.fromkeys(re.findall(r"%[^\s,]+", operands))
+                total += sum(bytes_in_memory(types[name]) for name in read)
     return total
 
 
