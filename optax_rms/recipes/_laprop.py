@@ -169,8 +169,6 @@ def _clip_to_weights(updates: PyTree, params: PyTree | None) -> PyTree:
         )
 
     def clip(g, p):
-        if g is None:
-            return None
         limit = 0.3 * jnp.maximum(clipping.norm(p), 1e-3)
         return clipping.clip_by_norm(g, limit)
 

@@ -214,11 +214,13 @@ def test_dreamer_clips_by_the_parameters_of_the_moment():
 
 
 def test_dreamer_needs_parameters_and_leaves_integers_alone():
-    params = {"w": jnp.ones(2), "step": jnp.array(3)}
-    gradients = {"w": jnp.ones(2), "step": None}
+    params = {"w": jnp.ones(2), "step": jnp.array(3), "seen": jnp.array(True)}
+    gradients = {"w": jnp.ones(2), "step": None, "seen": None}
     tx = recipes.dreamer_v3(warmup_steps=1)
-    updates, state = tx.update(gradients, tx.init(params), params)
-    assert updates["step"] is None
+    state = tx.init(params)
+    updates = jax.eval_shape(tx.update, gradients, state, params)[0]
+    assert updates["step"] is updates["seen"] is None
+    assert updates["w"].shape == (2,)
     with pytest.raises(ValueError, match="update needs the parameters, to clip"):
         tx.update(gradients, state)
     with pytest.raises(ValueError, match="warmup_steps must be at least 1"):
