@@ -14,6 +14,7 @@ from common import characters, digits
 from flax import nnx
 from flax.training.train_state import TrainState
 from helpers.comparison import assert_same_bits
+from helpers.on_request import first_by_default
 from helpers.running import at, step
 from helpers.training import GRADIENTS as STACKED_GRADIENTS
 from helpers.training import PARAMS, STEPS, assert_close
@@ -72,7 +73,9 @@ def test_updates_and_inner_state_are_those_of_inner_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("name", [name for name in INNERS if name != "compressed"])
+@pytest.mark.parametrize(
+    "name", first_by_default([name for name in INNERS if name != "compressed"])
+)
 def test_compiled_updates_are_those_of_inner(name, every):
     inner = INNERS[name]()
     plain = loop(inner, jit=True)
@@ -297,13 +300,13 @@ def added(inner, intervals, *rest):
     return [(m - plain) / n / plain for m, n in zip(monitored, intervals, strict=True)]
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", first_by_default(ALONE))
 def test_a_report_every_fifty_steps_adds_two_percent_to_an_update_alone(name):
     (share,) = added(ALONE[name](), [50], ONE_LEAF)
     assert 0 < share <= 0.02
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", first_by_default(ALONE))
 def test_a_step_without_report_moves_nothing_more(name):
     """No copy of parameters or moments, and no room: but for the conditional, which
     names its arrays, the program is that of the update alone."""
@@ -385,6 +388,7 @@ def training_steps():
 TRAINING_STEPS = {name: rest for name, *rest in training_steps()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "limits"),
     [("transformer", {1: 0.30, 50: 0.02}), ("digits", {50: 0.02})],

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.comparison import assert_same_bits
+from helpers.on_request import first_by_default
 from helpers.trajectory import x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,7 @@ def test_shares_and_norms_are_those_of_brute_force(dtype, eps_in_sqrt, jit):
     assert_figures(report.whole, expected)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -164,7 +166,7 @@ def all_pairs(dtype):
     return params, half
 
 
-@pytest.mark.parametrize("factor", [0.75, 1.0, 1.25, -0.2, -0.75])
+@pytest.mark.parametrize("factor", first_by_default([-0.2, 0.75, 1.0, 1.25, -0.75], 2))
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_loss_to_rounding_of_every_kind_of_number(dtype, factor):
     """Also of subnormal float16, at ties, and where XLA computes in float32."""
@@ -547,6 +549,7 @@ def test_split_weights_lose_nothing():
     assert report.whole.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_stacked_leaf_has_a_row_of_its_own():
     rng = np.random.default_rng(3)
     layers = [random_leaf(rng, (5, 7), jnp.float32) for _ in range(3)]
