@@ -72,7 +72,8 @@ ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%\S+) = (.*?) ([a-z][a-z-]*)\((.*?)\)", re.M)
 COLLECTIVE = re.compile(r" (?:all-|collective-|reduce-scatter)[a-z-]*(?<!-done)\(")
 # These operations name memory, or wait for another operation that moves bytes.
-FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple", "copy-done"}
+FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+FREE |= {"copy-done", "slice-done"}
 
 
 def measure(progress: Callable[..., Any] = tqdm) -> dict[str, Any]:
@@ -132,6 +133,12 @@ def moved_bytes(program: str) -> int:
     types = {name: type for name, type, _, _ in instructions(program)}
     total = 0
     for _, type, operation, operands in launches(program):
+        if operation == "slice-start":
+            # Of the types of source, destination and semaphore, the destination: a
+            # slice of the source, in vector memory.
+            _, slice, _ = ARRAY.findall(type)
+            total += array_bytes(*slice[:2])
+            continue
         total += bytes_in_memory(type)
         # The type of a copy-start already holds both source and destination.
         if operation != "copy-start":
@@ -152,12 +159,16 @@ def instructions(program: str) -> list[tuple[str, ...]]:
 
 def bytes_in_memory(type: str) -> int:
     """Size of the arrays of a type, for example ``(f32[8,4]{1,0}, u8[8,4]{1,0})``."""
-    total = 0
-    for bits, shape, layout in ARRAY.findall(type):
-        if "S(" not in layout:
-            size = math.prod(map(int, filter(None, shape.split(","))))
-            total += int(bits or 8) * size // 8
-    return total
+    return sum(
+        array_bytes(bits, shape)
+        for bits, shape, layout in ARRAY.findall(type)
+        if "S(" not in layout
+    )
+
+
+def array_bytes(bits: str, shape: str) -> int:
+    size = math.prod(map(int, filter(None, shape.split(","))))
+    return int(bits or 8) * size // 8
 
 
 def main() -> None:

@@ -49,6 +49,18 @@ def gpt2() -> Shapes:
     return [(50257, width), (1024, width), *12 * block, *norm]
 
 
+def llama() -> Shapes:
+    """LLaMA 7B, with kernels of inputs by outputs.
+
+    Touvron et al., 2023, section 2.2 and table 2, https://arxiv.org/abs/2302.13971
+    """
+    width, hidden, words = 4096, 11008, 32000
+    attention = 4 * [(width, width)]
+    feed_forward = [*2 * [(width, hidden)], (hidden, width)]
+    block = [(width,), *attention, (width,), *feed_forward]
+    return [(words, width), *32 * block, (width,), (width, words)]
+
+
 def equal_shapes(count: int, total: int) -> Shapes:
     """Vectors of one shape, with about ``total`` elements together."""
     return count * [(total // count,)]
