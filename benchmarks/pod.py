@@ -36,8 +36,8 @@ def measure(progress: Callable[..., Any] = tqdm) -> dict[str, Any]:
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGY
     ).devices
-    side = math.isqrt(len(devices))
-    mesh = Mesh(np.reshape(devices, (side, side)), ("rows", "columns"))
+    edge = math.isqrt(len(devices))
+    mesh = Mesh(np.reshape(devices, (edge, edge)), ("rows", "columns"))
     shapes = llama()
     rows = [
         {"side": side, "dtype": dtype} | needs_of_step(side, shapes, dtype, mesh)
@@ -56,8 +56,8 @@ def needs_of_step(side: str, shapes: Shapes, dtype: str, mesh: Mesh) -> dict[str
     """Bytes on each chip, and the collectives of the program.
 
     The floor is the bytes that one chip has to read and write: an equal share of the
-    gradients, once, and of parameters and state, twice. Step counts, of a few bytes, lie
-    on every chip.
+    gradients, once, and of parameters and state, twice. Step counts, of a few bytes,
+    lie on every chip.
     """
     tx = TRANSFORMATIONS[side]()
 
