@@ -182,6 +182,72 @@ def compiled(results: pathlib.Path) -> str:
     return markdown(tuple(head), rows)
 
 
+def pod(results: pathlib.Path) -> str:
+    """Megabytes on each chip, beside the floor, and collectives of the program."""
+    result = read(results, "pod")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    columns = ("state", "floor", "moved", "temporary")
+    rows = [
+        (
+            f"`{row['side']}`",
+            row["dtype"],
+            *(f"{row[column] / 1e6:.1f}" for column in columns),
+            str(row["collectives"]),
+        )
+        for row in result["measured"]["rows"]
+    ]
+    head = (
+        *("optimizer", "parameters"),
+        *("state, MB", "must move, MB", "moves, MB", "temporary, MB"),
+        "collectives",
+    )
+    return markdown(head, rows)
+
+
+def same_bits(results: pathlib.Path) -> str:
+    """For each transformation, its arrangements on several devices, in all."""
+    result = read(results, "same_bits")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    rows = []
+    for row in result["measured"]["rows"]:
+        layouts = row["layouts"]
+        compared, different, lone = (
+            sum(layout[key] for layout in layouts)
+            for key in ("compared", "different", "lone_different")
+        )
+        largest = max(layout["lone_largest"] for layout in layouts)
+        rows.append(
+            (
+                row["row"],
+                f"{compared:,}",
+                str(different),
+                f"{lone}, by at most {significant(largest)}" if lone else "0",
+                str(max(layout["collectives"] for layout in layouts)),
+            )
+        )
+    head = (
+        *("transformation", "elements compared", "other bits"),
+        *("other bits where a device has one element", "collectives"),
+    )
+    return markdown(head, rows)
+
+
+def resumed(results: pathlib.Path) -> str:
+    """For each storage format, the runs that went on from a checkpoint elsewhere."""
+    result = read(results, "same_bits")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    rows = [
+        (row["row"], chain["chain"], f"{chain['compared']:,}", str(chain["different"]))
+        for row in result["measured"]["resumed"]
+        for chain in row["chains"]
+    ]
+    head = ("transformation", "checkpoint", "elements compared", "other bits")
+    return markdown(head, rows)
+
+
 def growth(results: pathlib.Path, device: str) -> str:
     """The picture, which `benchmarks.figures` draws."""
     if any(read(results, f"{part}.{device}") is None for part in GROWTH_PARTS):
@@ -374,6 +440,11 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,
     "compiled": compiled,
+    "pod": pod,
+    "origin_pod": lambda results: origin_of(results, "pod"),
+    "same_bits": same_bits,
+    "resumed": resumed,
+    "origin_same_bits": lambda results: origin_of(results, "same_bits"),
     "origin_compiled": lambda results: origin_of(results, "compiled"),
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
 }

@@ -48,6 +48,20 @@ def test_vector_memory_is_not_memory():
     assert len(compiled.launches(THROUGH_VECTOR_MEMORY)) == 3
 
 
+def test_a_slice_into_vector_memory_counts_once():
+    program = """HloModule example
+
+ENTRY %main (p: f32[2000,256]) -> f32[8] {
+  %p = f32[2000,256]{1,0:T(8,128)} parameter(0)
+  %slice-start = ((f32[2000,256]{1,0:T(8,128)}), f32[504,256]{1,0:T(8,128)S(1)}, \
+s32[]{:S(2)}) slice-start(%p), slice={[0:504], [0:256]}
+  %slice-done = f32[504,256]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  ROOT %fusion = f32[8]{0:T(128)} fusion(%slice-done), kind=kLoop, calls=%computation
+}
+"""
+    assert compiled.moved_bytes(program) == 4 * (504 * 256 + 8)
+
+
 @pytest.mark.parametrize(
     ("side", "some"), [(peers.UE6M2, False), (peers.FACTORED, True)]
 )

@@ -119,6 +119,35 @@ def test_centered_has_the_longest_step_beside_the_count_of_nan(tmp_path):
     ]
 
 
+def test_table_of_a_pod(tmp_path):
+    row = {"side": "ours", "dtype": "float32", "state": 10**8, "floor": 5 * 10**8}
+    row |= {"moved": 5.1 * 10**8, "temporary": 0, "collectives": 0}
+    content = HEADER | {"measured": {"rows": [row]}}
+    (tmp_path / "pod.json").write_text(json.dumps(content))
+    assert body(tmp_path, "pod") == [
+        "| `ours` | float32 | 100.0 | 500.0 | 510.0 | 0.0 | 0 |"
+    ]
+
+
+def test_tables_of_same_bits(tmp_path):
+    layout = {"compared": 1000, "different": 0, "collectives": 0}
+    layouts = [
+        layout | {"lone_different": 0, "lone_largest": 0.0},
+        layout | {"lone_different": 2, "lone_largest": 1.5, "collectives": 3},
+    ]
+    rows = [{"row": "a", "layouts": layouts}, {"row": "b", "layouts": layouts[:1]}]
+    chains = [{"chain": "8 to 1", "compared": 2000, "different": 1}]
+    measured = {"rows": rows, "resumed": [{"row": "c", "chains": chains}]}
+    (tmp_path / "same_bits.json").write_text(
+        json.dumps(HEADER | {"measured": measured})
+    )
+    assert body(tmp_path, "same_bits") == [
+        "| a | 2,000 | 0 | 2, by at most 1.50 | 3 |",
+        "| b | 1,000 | 0 | 0 | 0 |",
+    ]
+    assert body(tmp_path, "resumed") == ["| c | 8 to 1 | 2,000 | 1 |"]
+
+
 def test_origin_names_what_was_there(results):
     row = "| `python -m benchmarks` | cpu, 2 cores | 2000-01-01 | abc | jax 1.2.3 |"
     assert body(results, "origin_cpu") == [row]
