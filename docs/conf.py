@@ -12,7 +12,7 @@ project = "optax_rms"
 author = copyright = "the optax_rms authors"
 version = release = metadata("optax-rms")["Version"]
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -37,6 +37,13 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+
+# An execution is kept in the output folder, and CI begins with an empty folder.
+nb_execution_mode = "cache"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove"
+nb_execution_show_tb = True
 
 default_role = "py:obj"
 autodoc_typehints = "signature"
