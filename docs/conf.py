@@ -38,7 +38,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 
-# An execution is kept in the output folder, and CI begins with an empty folder.
+# Results are kept beside the output folder. CI has none, and executes all notebooks.
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
