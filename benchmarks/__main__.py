@@ -18,14 +18,18 @@ import tempfile
 from tqdm import tqdm
 
 from benchmarks import record
+from benchmarks.peers import NotMeasured
 
 # Whether the results depend on the device, and have a file for each device.
 PARTS = {
     "update_step": True,
+    "one_pass": True,
+    "eager": True,
     "growth": True,
     "stages": True,
     "memory": True,
     "quality": False,
+    "first_moments": False,
     "fidelity": False,
 }
 
@@ -52,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{part}: not measured, {error.name} is not installed")
             failed = True
             continue
-        measured = measure(options.quick, functools.partial(tqdm, desc=part))
+        try:
+            measured = measure(options.quick, functools.partial(tqdm, desc=part))
+        except NotMeasured as reason:
+            print(f"{part}: not measured, {reason}")
+            continue
         name = f"{part}.{record.device_name()}" if PARTS[part] else part
         print(record.save(name, measured, folder or record.RESULTS))
     return int(failed)

@@ -97,9 +97,11 @@ def dreamer(results: pathlib.Path) -> str:
     return markdown(("format", *(f"`{scale}`" for scale in scales)), rows)
 
 
-def update_step(results: pathlib.Path, device: str, cell: Cell) -> str:
+def update_step(
+    results: pathlib.Path, device: str, cell: Cell, part: str = "update_step"
+) -> str:
     """A row for each side of each comparison, a column for each set of leaves."""
-    result = read(results, f"update_step.{device}")
+    result = read(results, f"{part}.{device}")
     if result is None:
         return f"{NOT_MEASURED}\n"
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -134,6 +136,11 @@ def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     """Time over that of the first side of the comparison."""
     first = next(r for r in group if r["side"] != "copy")
     return f"{row['seconds']['median'] / first['seconds']['median']:.2f}"
+
+
+def both(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    """Milliseconds, and the multiple of the first side."""
+    return f"{milliseconds(row, group)}, {relative(row, group)}"
 
 
 def memory(results: pathlib.Path, device: str) -> str:
@@ -263,17 +270,22 @@ def quality(results: pathlib.Path, name: str = "quality") -> str:
     cells = by_cell(result["measured"]["rows"])
     formats = list(dict.fromkeys(format for cell in cells.values() for format in cell))
     outside = dict.fromkeys(formats[1:], 0)
+    cells_of = dict.fromkeys(outside, 0)
     rows = []
     for (task, optimizer, decay), cell in cells.items():
         exact = cell["float32"]
         texts = [optimizer if decay == 1 else f"{optimizer} {decay:g}"]
         texts.append(" / ".join(spread(exact[loss]) for loss in LOSSES))
         for format in outside:
+            if format not in cell:
+                texts.append("")
+                continue
+            cells_of[format] += 2
             changes = [deviations(cell[format], exact, loss) for loss in LOSSES]
             outside[format] += sum(abs(x) > 1 for x in changes)
             texts.append(" / ".join(map(marked, changes)))
         rows.append((task, *texts))
-    summary = (f"{n} of {2 * len(rows)}" for n in outside.values())
+    summary = (f"{n} of {cells_of[format]}" for format, n in outside.items())
     head = ("network", "optimizer", "float32: training / validation loss", *outside)
     return markdown(head, [*rows, ("outside", "", "", *summary)])
 
@@ -437,6 +449,7 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "centered": centered,
     "dreamer": dreamer,
     "quality": quality,
+    "first_moments": functools.partial(quality, name="first_moments"),
     "quality_repeated": functools.partial(quality, name="quality_repeated"),
     "stored_roots": stored_roots,
     "compiled": compiled,
@@ -447,12 +460,15 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "origin_same_bits": lambda results: origin_of(results, "same_bits"),
     "origin_compiled": lambda results: origin_of(results, "compiled"),
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
+    "origin_first_moments": lambda results: origin_of(results, "first_moments"),
 }
 OF_DEVICE: dict[str, Callable[..., str]] = {
     "origin": origin,
     "times": functools.partial(update_step, cell=milliseconds),
     "limits": functools.partial(update_step, cell=multiple_of_limit),
     "ratios": functools.partial(update_step, cell=relative),
+    "one_pass": functools.partial(update_step, cell=both, part="one_pass"),
+    "eager": functools.partial(update_step, cell=both, part="eager"),
     "memory": memory,
     "growth": growth,
     "stages": stages,
