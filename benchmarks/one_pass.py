@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of a step with `one_pass`, beside PyTorch's compiler.
 
-Each side has a process of its own, because the flag of XLA applies to a whole process
-and PyTorch changes the threads and the memory of its own. The processes take turns.
+Each side runs in a separate process, because XLA has the flag for a whole process, and
+so that the threads of PyTorch do not slow down XLA. The processes take turns.
 """
 
 import contextlib

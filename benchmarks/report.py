@@ -468,7 +468,6 @@ OF_DEVICE: dict[str, Callable[..., str]] = {
     "limits": functools.partial(update_step, cell=multiple_of_limit),
     "ratios": functools.partial(update_step, cell=relative),
     "one_pass": functools.partial(update_step, cell=both, part="one_pass"),
-    "eager": functools.partial(update_step, cell=both, part="eager"),
     "memory": memory,
     "growth": growth,
     "stages": stages,

@@ -88,7 +88,7 @@ def compress_state(
     Adam                   ``nu``, ``mu``
     Adagrad                ``sum_of_squares``
     SGD with momentum      ``trace``
-    Lion                   ``mu``
+    Lion                   ``mu``, in two bytes (`SE8M7`)
     =====================  ==========================================================
 
     * Codes have the shape and the sharding of the array that they encode, and the same

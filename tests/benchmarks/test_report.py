@@ -250,3 +250,33 @@ def test_growth_picture_shows_every_side():
         lines = figure.axes[panel].lines
         assert len(lines) == 2 * len(sides)
         np.testing.assert_allclose(np.asarray(lines[-1].get_ydata()), expected)
+
+
+def test_a_format_that_an_optimizer_lacks_is_blank_and_not_counted(results):
+    def row(optimizer, format, *losses):
+        cell = {"task": "net", "optimizer": optimizer, "decay": 1, "format": format}
+        return cell | {"train_loss": losses, "validation_loss": losses}
+
+    rows = [
+        row("Adam", "float32", 1.0, 2.0, 3.0),
+        row("Adam", "one", 1.0, 2.0, 3.0),
+        row("Adam", "two", 3.0, 4.0, 5.0),
+        row("Lion", "float32", 1.0, 2.0, 3.0),
+        row("Lion", "one", 3.5, 3.5, 3.5),
+    ]
+    content = HEADER | {"measured": {"rows": rows}}
+    (results / "first_moments.json").write_text(json.dumps(content))
+    assert body(results, "first_moments") == [
+        "| net | Adam | 2.0 ± 1.0 / 2.0 ± 1.0 | +0.0 / +0.0 | **+2.0** / **+2.0** |",
+        "| net | Lion | 2.0 ± 1.0 / 2.0 ± 1.0 | **+1.5** / **+1.5** |  |",
+        "| outside |  |  | 2 of 4 | 2 of 2 |",
+    ]
+
+
+def test_time_and_ratio_of_processes_that_take_turns(results):
+    (results / "update_step.cpu.json").rename(results / "one_pass.cpu.json")
+    assert body(results, "one_pass_cpu") == [
+        "| plain | `ours` | 3.00 (2.70 to 3.30), 1.00 |",
+        "| plain | `theirs` | 6.00 (5.40 to 6.60), 2.00 |",
+        "| plain | `missing` | not installed |",
+    ]
