@@ -12,7 +12,7 @@ from helpers.frameworks import require, require_submodule
 
 import optax_rms
 from benchmarks import __main__ as command
-from benchmarks import growth, memory, peers, stages, update_step
+from benchmarks import growth, memory, one_pass, peers, stages, update_step
 from benchmarks.leaves import distinct_shapes
 
 SHAPES = [(4, 256), (8,)]
@@ -35,6 +35,16 @@ def test_quick_update_step_measures_every_side():
         assert row["moved_bytes"] == 20 * (1024 + 8)
         assert row["seconds"]["rounds"] >= 20
         assert row["seconds"]["median"] > 0
+
+
+def test_sides_in_processes_take_turns():
+    sides = [one_pass.OURS, peers.OURS, peers.COMPILED]
+    *rows, missing = one_pass.compare(201 * [(8,)], sides, 0.1)
+    assert [row["side"] for row in rows] == sides[:2]
+    for row in rows:
+        assert row["moved_bytes"] == 20 * 201 * 8
+        assert row["seconds"]["rounds"] >= 20
+    assert missing["not_measured"] == "takes minutes to compile"
 
 
 def test_quick_growth_measures_every_size(monkeypatch):
