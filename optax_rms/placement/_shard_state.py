@@ -46,9 +46,9 @@ def shard_state(
       both once.
     * Parameters on the mesh from the start, for example by ``jax.device_put``, have the
       step compiled once.
-    * XLA places the new parameters like the old ones, as nothing else is asked of them.
-      The partitioner of JAX 0.6 (GSPMD) may leave them in parts instead; there, set
-      ``out_shardings``, or ``jax.config.update("jax_use_shardy_partitioner", True)``.
+    * The new parameters have the shardings of the old parameters. With the partitioner
+      of JAX 0.6 (GSPMD) they may come out in parts; there, set ``out_shardings``, or
+      ``jax.config.update("jax_use_shardy_partitioner", True)``.
 
     Args:
       inner: any transformation. It should be the whole optimizer, because a
@@ -56,13 +56,13 @@ def shard_state(
       mesh: the mesh of the parameters. Its axes are all of type ``Auto``, or all of
         type ``Explicit``.
       over: the name of the axis that the state is split over, for example ``"data"``.
-      specs: how the parameters are sharded on a mesh of type ``Auto``, where a compiled
-        function cannot see it: a ``PartitionSpec`` for each parameter, in a tree like
-        the parameters, or one for all. ``None``, the default, means replicated. On a
-        mesh of type ``Explicit`` the types of the parameters have it, and ``specs``
-        must be ``None``.
+      specs: on a mesh of type ``Auto``, the shardings of the parameters, which a
+        compiled function cannot see: a ``PartitionSpec`` for each parameter, in a tree
+        like the parameters, or one for all, for example ``PartitionSpec("model")``.
+        ``None``, the default, means replicated. On a mesh of type ``Explicit`` the
+        types of the parameters contain their shardings, and ``specs`` must be ``None``.
       strict: whether to raise an error in ``init``, instead of keeping the sharding of
-        the parameter, where no dimension divides.
+        the parameter, where no dimension divides. The error lists all such parameters.
 
     Returns:
       A gradient transformation with the state of ``inner``. Its ``update`` passes
