@@ -363,6 +363,46 @@ def stages(results: pathlib.Path, device: str) -> str:
     return markdown(head, rows)
 
 
+def dqn(results: pathlib.Path) -> str:
+    """The last fifth of the epochs of `examples/train_dqn.py`, over the seeds."""
+    result = read(results, "train_dqn")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+
+    def last_fifth(epochs: list[list[float]]) -> np.ndarray:
+        return np.mean(epochs[-max(1, len(epochs) // 5) :], axis=0)
+
+    runs = result["runs"]
+    recipe = last_fifth(runs["recipes.dqn"]["return"])
+    rows = []
+    for name, run in runs.items():
+        returns = last_fifth(run["return"])
+        change = (
+            spread(list(returns - recipe)) if run is not runs["recipes.dqn"] else ""
+        )
+        share = f"{last_fifth(run['ruled_by_eps']).mean():.0%}"
+        rows.append(
+            (f"`{name}`" if "." in name else name, spread(list(returns)), change, share)
+        )
+    head = ("RMSProp", "return", "minus that of `recipes.dqn`", "ruled by epsilon")
+    return markdown(head, rows)
+
+
+def origin_dqn(results: pathlib.Path) -> str:
+    result = read(results, "train_dqn")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    versions = result["versions"] | {"gymnax": result["gymnax"]}
+    row = (
+        f"{result['seeds']}",
+        f"{result['frames'][-1]:,}",
+        f"{result['machine']['device']}, {result['machine']['cores']} cores",
+        result["date"],
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
+    )
+    return markdown(("seeds", "frames", "machine", "date", "versions"), [row])
+
+
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
     parts = ("update_step", "growth", "memory", "stages")
@@ -458,6 +498,8 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "same_bits": same_bits,
     "resumed": resumed,
     "origin_same_bits": lambda results: origin_of(results, "same_bits"),
+    "dqn": dqn,
+    "origin_dqn": origin_dqn,
     "origin_compiled": lambda results: origin_of(results, "compiled"),
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
     "origin_first_moments": lambda results: origin_of(results, "first_moments"),

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
 
 from .command_line import InputError
 from .results import write_json
 
-History = list[dict[str, float]]  # the metrics of each epoch
+History = list[dict[str, Any]]  # the metrics of each epoch
 
 # `restore` reports a damaged checkpoint in one line; the log of Orbax has pages.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -41,7 +40,7 @@ def open_folder(folder: Path) -> ocp.CheckpointManager:
 
 def save(
     manager: ocp.CheckpointManager,
-    state: TrainState,
+    state: Any,
     history: History,
     settings: dict[str, Any],
 ) -> None:
@@ -59,8 +58,8 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, state: TrainState, settings: dict[str, Any]
-) -> tuple[TrainState, History]:
+    manager: ocp.CheckpointManager, state: Any, settings: dict[str, Any]
+) -> tuple[Any, History]:
     """Reads the newest checkpoint that is intact and removes damaged newer ones.
 
     Args:

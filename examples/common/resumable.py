@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in epochs, each saved, so that a run that was killed can be continued."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flax.training.train_state import TrainState
+import numpy as np
 from tqdm import tqdm
 
 from . import checkpoints
@@ -14,24 +13,27 @@ from .command_line import InputError
 
 
 def train(
-    epoch: Callable[[TrainState], tuple[TrainState, dict[str, Any]]],
-    state: TrainState,
+    epoch: Callable[[Any], tuple[Any, dict[str, Any]]],
+    state: Any,
     num_epochs: int,
     output: Path,
     settings: dict[str, Any],
     *,
     resume: bool,
-) -> tuple[TrainState, checkpoints.History]:
+    summary: Callable[[dict[str, Any]], dict[str, float]] = dict,
+) -> tuple[Any, checkpoints.History]:
     """Trains with a progress bar and a checkpoint of each epoch.
 
     Args:
-      epoch: trains for one epoch; returns the new state and the metrics.
-      state: the state to start from.
+      epoch: trains for one epoch; returns the new state and the metrics, scalars or
+        arrays.
+      state: the tree of arrays to start from.
       num_epochs: of the whole run, epochs before an interruption included.
       output: folder of the run. Without ``resume``, its checkpoints and results.json
         are removed.
       settings: of the run, saved as JSON. A run resumes with equal settings only.
       resume: whether to go on from the newest intact checkpoint.
+      summary: the numbers for the progress bar, from the metrics of an epoch.
 
     Returns:
       The last state, and the metrics of every epoch since the start of the run.
@@ -59,13 +61,13 @@ def train(
         ) as progress:
             while len(history) < num_epochs:
                 state, metrics = epoch(state)
-                history.append({name: float(value) for name, value in metrics.items()})
-                if not all(map(math.isfinite, history[-1].values())):
+                history.append({k: np.asarray(v).tolist() for k, v in metrics.items()})
+                if not all(np.isfinite(x).all() for x in history[-1].values()):
                     raise InputError(
                         f"the loss is no longer finite in epoch {len(history)}; "
                         "try a lower --learning-rate"
                     )
                 checkpoints.save(manager, state, history, settings)
-                progress.set_postfix(history[-1], refresh=False)
+                progress.set_postfix(summary(history[-1]), refresh=False)
                 progress.update()
     return state, history

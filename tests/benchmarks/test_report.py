@@ -167,6 +167,20 @@ def test_without_results_a_table_says_so(tmp_path, name):
     assert report.rendered(page, tmp_path) == fresh
 
 
+def test_dqn_compares_seed_by_seed_over_the_last_fifth(results):
+    """Returns are 1 and 3 lower; the first 8 of 10 epochs do not count."""
+    early, none = [[9.0, 9.0]] * 8, [[0.5, 0.5]] * 10
+    runs = {
+        "recipes.dqn": {"return": [*early, [3, 4], [5, 6]], "ruled_by_eps": none},
+        "other": {"return": [*early, [3, 2], [3, 2]], "ruled_by_eps": none},
+    }
+    (results / "train_dqn.json").write_text(json.dumps({"runs": runs}))
+    assert body(results, "dqn") == [
+        "| `recipes.dqn` | 4.50 ± 0.71 |  | 50% |",
+        "| other | 2.50 ± 0.71 | -2.0 ± 1.4 | 50% |",
+    ]
+
+
 def test_every_device_has_its_own_tables(results):
     assert report.TABLES["times_h100"](results) == "not measured\n"
     (results / "update_step.cpu.json").rename(results / "update_step.h100.json")
