@@ -21,7 +21,12 @@ def code_blocks():
         text = page.read_text()
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
             line = text[: match.start()].count("\n") + 1
-            yield pytest.param(match[1], id=f"{page.name}:{line}")
+            # Whole programs of other libraries, which take seconds to compile.
+            slow = re.search("^(from flax import nnx|import equinox)", match[1], re.M)
+                "^(from flax import nnx|import equinox)", match[1], re.M
+            )
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(match[1], id=f"{page.name}:{line}", marks=marks)
 
 
 PRINTED = re.compile(r"^print\(.*\)\n# (.*)$", re.MULTILINE)

@@ -4,6 +4,7 @@
 import pathlib
 import runpy
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 
@@ -16,6 +17,11 @@ def test_card_has_the_size_of_cards_and_three_curves(tmp_path):
     drawn = matplotlib.image.imread(tmp_path / "card.png")
     assert drawn.shape == (630, 1200, 4)
     kept = matplotlib.image.imread(DOCS / "_static" / "card.png")
-    assert kept.shape == drawn.shape
-    # Versions of matplotlib differ at the edges of letters and of lines.
-    assert np.mean(np.abs(drawn - kept).max(axis=-1) > 0.5) < 0.02
+    # Versions of matplotlib differ in letters and margins, and hence by a pixel or two
+    # of the six pixels of a curve.
+    for color in ("tab:orange", "tab:blue", "tab:green"):
+        curves = [
+            np.abs(picture[..., :3] - matplotlib.colors.to_rgb(color)).max(-1) < 0.1
+            for picture in (drawn, kept)
+        ]
+        assert np.sum(curves[0] & curves[1]) > 0.5 * np.sum(curves[0] | curves[1])
