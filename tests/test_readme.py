@@ -23,8 +23,6 @@ def code_blocks():
             line = text[: match.start()].count("\n") + 1
             # Whole programs of other libraries, which take seconds to compile.
             slow = re.search("^(from flax import nnx|import equinox)", match[1], re.M)
-                "^(from flax import nnx|import equinox)", match[1], re.M
-            )
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(match[1], id=f"{page.name}:{line}", marks=marks)
 
