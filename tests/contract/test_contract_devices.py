@@ -26,14 +26,17 @@ def spec(t):
     return tuple(t.sharding.spec) if t.sharding is not None else ()
 
 
+# Optax' tests leave these versions out as well.
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="jax.eval_shape of JAX 0.6 has no shardings"
+)
 @every_row
 def test_types_on_an_explicit_mesh(row):
     """The cases of Optax' own sharding tests, on the parameters of these."""
     axes = (AxisType.Explicit,)
     mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=axes)
-    set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
     tx = row()
-    with set_mesh(mesh):
+    with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
         params = jax.device_put(jnp.zeros((2, 8, 4), jnp.float16), sharding)
         state = tx.init(params)

@@ -155,13 +155,15 @@ def test_train_state():
     assert all(p.sharding.is_fully_replicated for p in train_state.params.values())
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="jax.eval_shape of JAX 0.6 has no shardings"
+)
 def test_moments_of_other_shapes_are_whole_before_and_after_a_step():
     mesh = MESHES[EXPLICIT]
     inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
     params = place(mesh, {"w": PartitionSpec()}, {"w": jnp.ones((8, 4))})
     tx = shard_state(inner, mesh, "data")
-    set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
-    with set_mesh(mesh):  # Optax makes these moments with shardings of the mesh.
+    with jax.set_mesh(mesh):  # Optax makes these moments with shardings of the mesh.
         state = jax.eval_shape(tx.init, params)
         _, after = jax.eval_shape(tx.update, params, state, params)
     for moments in (state, after):
