@@ -227,6 +227,8 @@ ROWS = [
                 "sharded_over_eight_devices",
                 "types_on_an_explicit_mesh",
                 "inside_of_shards",
+                "every_transformation",
+                "a_split_state_gives_the_bits_of_a_whole_one",
             ),
             "its state lies where it was told to",
         ),
