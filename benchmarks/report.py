@@ -230,7 +230,7 @@ def same_bits(results: pathlib.Path) -> str:
                 row["row"],
                 f"{compared:,}",
                 str(different),
-                f"{lone}, by at most {significant(largest)}" if lone else "0",
+                _lone(lone, largest),
                 str(max(layout["collectives"] for layout in layouts)),
             )
         )
@@ -247,12 +247,25 @@ def resumed(results: pathlib.Path) -> str:
     if result is None:
         return f"{NOT_MEASURED}\n"
     rows = [
-        (row["row"], chain["chain"], f"{chain['compared']:,}", str(chain["different"]))
+        (
+            row["row"],
+            chain["chain"],
+            f"{chain['compared']:,}",
+            str(chain["different"]),
+            _lone(chain["lone_different"], chain["lone_largest"]),
+        )
         for row in result["measured"]["resumed"]
         for chain in row["chains"]
     ]
-    head = ("transformation", "checkpoint", "elements compared", "other bits")
+    head = (
+        *("transformation", "checkpoint", "elements compared", "other bits"),
+        "other bits where a device has one element",
+    )
     return markdown(head, rows)
+
+
+def _lone(different: int, largest: float) -> str:
+    return f"{different}, by at most {significant(largest)}" if different else "0"
 
 
 def growth(results: pathlib.Path, device: str) -> str:
