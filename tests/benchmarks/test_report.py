@@ -136,7 +136,8 @@ def test_tables_of_same_bits(tmp_path):
         layout | {"lone_different": 2, "lone_largest": 1.5, "collectives": 3},
     ]
     rows = [{"row": "a", "layouts": layouts}, {"row": "b", "layouts": layouts[:1]}]
-    chains = [{"chain": "8 to 1", "compared": 2000, "different": 1}]
+    chain = {"chain": "8 to 1", "compared": 2000, "different": 1}
+    chains = [chain | {"lone_different": 2, "lone_largest": 0.5}]
     measured = {"rows": rows, "resumed": [{"row": "c", "chains": chains}]}
     (tmp_path / "same_bits.json").write_text(
         json.dumps(HEADER | {"measured": measured})
@@ -145,7 +146,9 @@ def test_tables_of_same_bits(tmp_path):
         "| a | 2,000 | 0 | 2, by at most 1.50 | 3 |",
         "| b | 1,000 | 0 | 0 | 0 |",
     ]
-    assert body(tmp_path, "resumed") == ["| c | 8 to 1 | 2,000 | 1 |"]
+    assert body(tmp_path, "resumed") == [
+        "| c | 8 to 1 | 2,000 | 1 | 2, by at most 0.500 |"
+    ]
 
 
 def test_origin_names_what_was_there(results):
