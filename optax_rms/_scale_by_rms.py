@@ -54,14 +54,23 @@ class _Coefficients(NamedTuple):
     previous_total: Any
 
 
-def _mean_square(g, c: _Coefficients, nu):
+def _retained(decay, x):
+    return decay * x
+
+
+def _retained_or_forgotten(decay, x):
+    """A decay of 0 forgets all: 0 times an overflown mean square would be NaN."""
+    return jnp.where(decay == 0, 0, decay * x)
+
+
+def _mean_square(g, c: _Coefficients, retain, nu):
     """Hinton's moving average of the squared gradient."""
     # Optax keeps the mean square of a complex leaf as a complex number.
-    nu = c.decay * jnp.real(nu) + c.complement * _abs_square(g)
+    nu = retain(c.decay, jnp.real(nu)) + c.complement * _abs_square(g)
     return nu if c.total is None else nu / c.total, nu
 
 
-def _variance(g, c: _Coefficients, mu, variance):
+def _variance(g, c: _Coefficients, retain, mu, variance):
     """The moving variance as a sum of squares, which rounding cannot make negative.
 
     In exact arithmetic the result is ``E[g^2] - E[g]^2``, which in float32 is the
@@ -77,8 +86,10 @@ def _variance(g, c: _Coefficients, mu, variance):
     # At a decay near 0, `retained` is less than a rounding error of mu, and g - mu is a
     # rounding error alone: the spread is 0 then.
     negligible = retained < jnp.finfo(retained.dtype).eps
-    spread = jnp.where(negligible, 0, c.complement / jnp.where(negligible, 1, retained))
-    variance = c.decay * variance + spread * _abs_square(g - mu)
+    spread = c.complement / jnp.where(negligible, 1, retained)
+    # 0 before the square, which may overflow: 0 times infinity is NaN.
+    distance = jnp.where(negligible, 0, g - mu)
+    variance = retain(c.decay, variance) + spread * _abs_square(distance)
     return variance if c.total is None else variance / c.total, mu, variance
 
 
@@ -102,14 +113,17 @@ def _abs_square(x):
 
 
 @functools.cache
-def _leaf(centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool):
+def _leaf(
+    centered: bool, eps_in_sqrt: bool, eps_may_be_zero: bool, decay_may_be_zero: bool
+):
     """The arithmetic on one leaf; one function per variant, as `Step` requires."""
     moment = _variance if centered else _mean_square
     divide = _divide_eps_in_sqrt if eps_in_sqrt else _divide_eps_outside
     guard = zero_at_zero if eps_may_be_zero else _unguarded
+    retain = _retained_or_forgotten if decay_may_be_zero else _retained
 
     def leaf(g, c, *moments):
-        x, *moments = moment(g, c, *moments)
+        x, *moments = moment(g, c, retain, *moments)
         return divide(g, x, c.eps, guard), *moments
 
     return leaf
@@ -162,9 +176,12 @@ def rms_step(
             total = sum_of_weights(decay, optax.safe_increment(count))
         return _Coefficients(decay, 1 - decay, eps, total, previous_total)
 
-    # Most often it is known that eps is not 0, and a guard would take a few percent.
-    eps_may_be_zero = isinstance(eps, jax.Array) or eps < jnp.finfo(jnp.float32).tiny
-    leaf = _leaf(centered, eps_in_sqrt, eps_may_be_zero)
+    # Most often it is known that these are not 0, and a guard would take a few percent.
+    eps_may_be_zero, decay_may_be_zero = (
+        isinstance(x, jax.Array) or x < jnp.finfo(jnp.float32).tiny
+        for x in (eps, decay)
+    )
+    leaf = _leaf(centered, eps_in_sqrt, eps_may_be_zero, decay_may_be_zero)
     return Step(state_class, leaf, coefficients, fields, counts=bias_correction)
 
 

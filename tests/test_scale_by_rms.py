@@ -536,3 +536,17 @@ def test_a_decay_of_zero_has_no_nan_on_the_way():
     with jax.debug_nans(True):
         updates, _ = tx.update(gradients, tx.init(gradients))
     np.testing.assert_allclose(updates, [1.0, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("centered", BOTH)
+@pytest.mark.parametrize("bias_correction", BOTH)
+@pytest.mark.parametrize("decay", [0.0, 1e-40, 0.5, jnp.float32(0.0)], ids=repr)
+def test_an_overflown_square_gives_no_nan(centered, bias_correction, decay):
+    """At a decay of 0 it is forgotten, where 0 times infinity would be NaN."""
+    tx = scale_by_rms(decay, centered=centered, bias_correction=bias_correction)
+    state = tx.init(jnp.zeros(2))
+    for g in (1e38, -1e38, 1.0, 2.0):
+        updates, state = tx.update(jnp.array([g, 1.0]), state)
+        assert not np.isnan(updates).any()
+    if decay < 0.1 and not centered:
+        np.testing.assert_allclose(updates, [1.0, 1.0], rtol=1e-6)
