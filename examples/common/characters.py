@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 CONTEXT = 64
-_BATCH_SIZE = 16
+BATCH_SIZE = 16
 
 
 class Text(NamedTuple):
@@ -85,5 +85,5 @@ def loss(params: Any, network: Transformer, windows: jax.Array) -> jax.Array:
 
 def batch(key: jax.Array, text: jax.Array) -> jax.Array:
     """Windows that begin anywhere, `[batch, CONTEXT + 1]`."""
-    starts = jax.random.randint(key, (_BATCH_SIZE, 1), 0, len(text) - CONTEXT)
+    starts = jax.random.randint(key, (BATCH_SIZE, 1), 0, len(text) - CONTEXT)
     return text[starts + jnp.arange(CONTEXT + 1)]

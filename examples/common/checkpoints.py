@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from .command_line import InputError
@@ -53,8 +54,9 @@ def save(
             run=ocp.args.JsonSave({"settings": settings, "history": history}),
         ),
     )
-    folder = _folder(manager, epoch)
-    write_json(_file_hashes(folder), folder / "hashes.json")
+    if jax.process_index() == 0:
+        folder = _folder(manager, epoch)
+        write_json(_file_hashes(folder), folder / "hashes.json")
 
 
 def restore(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -57,6 +58,7 @@ def train(
         with tqdm(
             total=num_epochs,
             initial=len(history),
+            disable=jax.process_index() > 0,
             bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
         ) as progress:
             while len(history) < num_epochs:
