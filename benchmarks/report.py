@@ -31,6 +31,14 @@ DEVICES = ("cpu", "h100", "h200")
 NOT_MEASURED = "not measured"
 GROWTH_PARTS = ("growth", "stages")
 
+DAMAGE_COLUMNS = {
+    "cases": "cases",
+    "previous_restored": "checkpoint before it restored",
+    "orbax_raised": "Orbax alone: error",
+    "orbax_restored": "Orbax alone: right bits",
+    "orbax_restored_other_bits": "Orbax alone: wrong bits, silently",
+}
+
 LOSSES = ("train_loss", "validation_loss")
 
 Cell = Callable[[dict[str, Any], list[dict[str, Any]]], str]
@@ -416,6 +424,155 @@ def origin_dqn(results: pathlib.Path) -> str:
     return markdown(("seeds", "frames", "machine", "date", "versions"), [row])
 
 
+def kills(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "kills")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    alone, together = parts["alone"], parts["together"]
+    rows = [
+        (
+            "a lone process",
+            f"{alone['kills']}, of them {alone['while_writing']} while a checkpoint "
+            "was written",
+            f"{alone['ends']} runs, {alone['different_ends']} with other bits",
+            f"{alone['bits_compared']:,}",
+        ),
+        (
+            "one of two processes",
+            f"{together['kills']}, after which the other ended "
+            f"{together['ended_with_message']} times with a message, within "
+            f"{together['longest_s_to_end']:g} s",
+            f"1 run, {together['different_ends']} with other bits",
+            f"{together['bits_compared']:,}",
+        ),
+    ]
+    return markdown(("killed", "times", "ends", "bits compared"), rows)
+
+
+def damaged_files(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "files")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    names = {
+        "delete": "deleted",
+        "truncate": "truncated",
+        "flip_a_bit": "a bit flipped",
+    }
+    rows = [
+        (names[kind], *(str(row.get(key, 0)) for key in DAMAGE_COLUMNS))
+        for kind, row in parts["damaged"].items()
+    ]
+    return markdown(("a file is", *DAMAGE_COLUMNS.values()), rows)
+
+
+def foreign_checkpoints(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "files")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    rows = [
+        (row["checkpoint"], *map(yes_or_no, (row["refused"], row["unchanged"])))
+        for row in parts["others"]
+    ]
+    return markdown(("checkpoint", "refused", "files unchanged"), rows)
+
+
+def no_space(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "files")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    rows = [
+        (
+            row["obstacle"],
+            f"`{row['message']}`",
+            *map(yes_or_no, (row["checkpoints_kept"], row["same_end_later"])),
+        )
+        for row in parts["no_space"]
+    ]
+    head = ("obstacle", "last message", "checkpoints kept", "same bits once it is gone")
+    return markdown(head, rows)
+
+
+def extreme_gradients(results: pathlib.Path) -> str:
+    counts = reliability_part(results, "gradients")
+    if counts is None:
+        return f"{NOT_MEASURED}\n"
+    names = {
+        "cases": "cases drawn",
+        "finite_cases": "cases with finite gradients only, none of which gave NaN",
+        "skipped_steps": "steps skipped by `optax.apply_if_finite`",
+        "bits_compared": "bits of other elements compared",
+    }
+    rows = [(name, f"{counts[key]:,}") for key, name in names.items()]
+    return markdown(("extreme gradients", "number"), rows)
+
+
+def soak(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "soak")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    rows = []
+    for row in parts["drift"]:
+        bias, error = mean_and_error(row["bias"])
+        rows.append(
+            (
+                f"`{row['format']}`",
+                f"{row['steps']:,}",
+                f"{100 * bias:+.2g} ± {100 * error:.1g}",
+                f"{row['noise']:.2g}",
+                f"{row['stated_noise']:g}",
+            )
+        )
+    head = ("format", "steps", "bias, %", "noise", "noise in `Minifloat`")
+    return markdown(head, rows)
+
+
+def endurance(results: pathlib.Path) -> str:
+    parts = reliability_part(results, "soak")
+    if parts is None:
+        return f"{NOT_MEASURED}\n"
+    memory, threads = parts["memory"], parts["threads"]
+    crossings = parts["counters"]["crossings"]
+    wrong = sum(row["to"] != row["expected"] for row in crossings)
+    rows = [
+        *(
+            (
+                f"weights with residuals of {row['residual_bits']} bits, "
+                f"{row['steps']:,} steps",
+                f"largest difference from float32 {row['largest_difference']:.2g}",
+            )
+            for row in parts["residuals"]
+        ),
+        (
+            f"{len(crossings)} counters set before 2^31 and 2^32",
+            f"{wrong} with another number than expected after 8 steps",
+        ),
+        (
+            f"{memory['steps']:,} compiled steps called from Python",
+            f"{memory['live_arrays_growth']} more arrays, "
+            f"{memory['peak_growth_kib']} KiB more memory",
+        ),
+        (
+            f"{threads['threads']} threads",
+            f"{threads['different']} results with other bits than one thread",
+        ),
+    ]
+    return markdown(("run", "result"), rows)
+
+
+def reliability_part(results: pathlib.Path, name: str) -> dict[str, Any] | None:
+    result = read(results, "reliability")
+    return None if result is None else result["measured"].get(name)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean of independent values, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def yes_or_no(x: bool) -> str:
+    return "yes" if x else "no"
+
+
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
     parts = ("update_step", "growth", "memory", "stages")
@@ -514,6 +671,14 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "dqn": dqn,
     "origin_dqn": origin_dqn,
     "origin_compiled": lambda results: origin_of(results, "compiled"),
+    "kills": kills,
+    "damaged_files": damaged_files,
+    "foreign_checkpoints": foreign_checkpoints,
+    "no_space": no_space,
+    "extreme_gradients": extreme_gradients,
+    "soak": soak,
+    "endurance": endurance,
+    "origin_reliability": lambda results: origin_of(results, "reliability"),
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
     "origin_first_moments": lambda results: origin_of(results, "first_moments"),
 }

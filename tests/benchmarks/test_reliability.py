@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short form of `python -m benchmarks.reliability`, and that its checks can fail."""
+
+import collections
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import damage, extreme_gradients, kills, reliability, report, soak
+from optax_rms import rmsprop
+
+# One of each dtype, centered or not; the other variants are for the command.
+CASES = 30
+
+
+def in_silence(iterable, **_):
+    return iterable
+
+
+def test_extreme_gradients_touch_their_own_elements_only():
+    counts = extreme_gradients.measure(CASES, ["nesterov"], ["bfloat16"])
+    assert counts["cases"] >= CASES
+    assert counts["finite_cases"] > 0
+    assert counts["skipped_steps"] > 0
+    assert counts["bits_compared"] > CASES
+
+
+def normalized(decay, eps):
+    """Clipping by the norm of all gradients."""
+    return optax.chain(optax.clip_by_global_norm(1.0), rmsprop(0.1, decay, eps))
+
+
+def unguarded(decay, eps):
+    """The root of 0 over itself."""
+
+    def update(updates, state, params=None):
+        del params
+        mean = jax.tree.map(lambda g: g / jnp.sqrt(jnp.square(g)), updates)
+        return mean, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(normalized, "another element changed"), (unguarded, "finite gradients gave")],
+)
+def test_extreme_gradients_find_a_bad_optimizer(monkeypatch, build, message):
+    variants = {"bad": extreme_gradients.Variant(build)}
+    monkeypatch.setattr(extreme_gradients, "VARIANTS", variants)
+    element = (1, "b", 0, 0.0 if build is unguarded else 1e20)
+    case = extreme_gradients.Case(
+        "bad", 4, False, "float32", 0.9, 1e-8, 0, 1.0, [element]
+    )
+    with pytest.raises(AssertionError, match=message):
+        extreme_gradients.check(case, collections.Counter())
+
+
+def test_averages_in_one_byte_do_not_drift():
+    row = soak.drift("UE6M2", 2000)
+    # Ten blocks, each with the deviation that one mean of that many steps has; heavy
+    # tails of squares make it up to twice as large.
+    assert abs(np.mean(row["bias"])) < 4 * 2 * row["standard_error"] / 10**0.5
+    # The noise, of 64 elements and 20 independent times, has an error of 2 %.
+    assert row["noise"] == pytest.approx(row["stated_noise"], rel=0.1)
+
+
+def test_drift_is_found(monkeypatch):
+    """Rounding to nearest, for example, is biased."""
+    monkeypatch.setattr(
+        "optax_rms.storage._compress_state.rounding_bits",
+        lambda shape, step, leaf, seed: jnp.full(shape, np.uint32(2**31)),
+    )
+    jax.clear_caches()
+    row = soak.drift("UE6M2", 1000)
+    jax.clear_caches()
+    assert abs(np.mean(row["bias"])) > 4 * 2 * row["standard_error"] / 10**0.5
+
+
+def test_counters_go_on_across_their_ends():
+    found = soak.counters()
+    assert found["finite"]
+    assert found["rounding_differs"]
+    assert len(found["crossings"]) == 8
+    for row in found["crossings"]:
+        assert row["to"] == row["expected"], row
+
+
+def test_eight_threads_agree_with_one():
+    found = soak.threads(8, 2)
+    assert found["different"] == 0
+    assert found["bits_compared"] > 0
+
+
+@pytest.mark.slow
+def test_damaged_and_foreign_checkpoints_are_not_used(tmp_path):
+    for row in damage.measure_damage(3, tmp_path, in_silence).values():
+        assert row["cases"] == row["previous_restored"] == 1
+    rows = damage.measure_others(tmp_path)
+    assert len(rows) == 2 * len(damage.others())
+    for row in rows:
+        assert row["refused"], row
+        assert row["unchanged"], row
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    found = kills.measure_alone(2, 6, tmp_path, in_silence)
+    assert found["kills"] + found["ends"] >= 3
+    assert found["different_ends"] == 0
+    assert found["bits_compared"] > 0
+
+
+def test_command_keeps_the_results_of_other_parts(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        reliability,
+        "PARTS",
+        {name: lambda *_, name=name: {"part": name} for name in reliability.PARTS},
+    )
+    for part in ("soak", "kills"):
+        assert reliability.main(["--only", part, "--output", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "reliability.json").read_text())["measured"]
+    assert [saved[part]["part"] for part in ("soak", "kills")] == ["soak", "kills"]
+    assert report.TABLES["kills"](tmp_path / "nowhere") == "not measured\n"
