@@ -45,15 +45,23 @@ def save(
     history: History,
     settings: dict[str, Any],
 ) -> None:
-    """Writes the checkpoint of the last epoch in the history."""
+    """Writes the checkpoint of the last epoch in the history.
+
+    Raises:
+      InputError: an array cannot be written, for example to a full disk.
+      OSError: the folder cannot be written, for example because it is read-only.
+    """
     epoch = len(history)
-    manager.save(
-        epoch,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            run=ocp.args.JsonSave({"settings": settings, "history": history}),
-        ),
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        run=ocp.args.JsonSave({"settings": settings, "history": history}),
     )
+    try:
+        manager.save(epoch, args=args)
+    except ValueError as error:  # of TensorStore, which writes the arrays for Orbax
+        raise InputError(
+            f"cannot write the checkpoint of epoch {epoch}: {error}"
+        ) from error
     if jax.process_index() == 0:
         folder = _folder(manager, epoch)
         write_json(_file_hashes(folder), folder / "hashes.json")
