@@ -26,9 +26,17 @@ PACKAGES = (
 
 def save(name: str, measured: Any, folder: pathlib.Path = RESULTS) -> pathlib.Path:
     """Write ``measured`` with machine, versions, date, commit and command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(origin() | {"measured": measured}, indent=2) + "\n")
+    return path
+
+
+def origin() -> dict[str, Any]:
+    """The machine, versions, date, commit and command of this process."""
     script = pathlib.Path(sys.argv[0]).stem
     module = "benchmarks" if script == "__main__" else f"benchmarks.{script}"
-    record = {
+    return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -38,12 +46,7 @@ def save(name: str, measured: Any, folder: pathlib.Path = RESULTS) -> pathlib.Pa
             "cores": os.cpu_count(),
         },
         "versions": {"python": platform.python_version()} | versions(),
-        "measured": measured,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
 
 
 def commit() -> str | None:

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         # The parts take long, so that each is saved, beside those of earlier commands.
         saved = options.output / "reliability.json"
         measured = json.loads(saved.read_text())["measured"] if saved.exists() else {}
-        measured[part] = {"commit": record.commit()} | found
+        measured[part] = record.origin() | found
         print(record.save("reliability", measured, options.output))
     return 0
 

@@ -580,8 +580,18 @@ def origin(results: pathlib.Path, device: str) -> str:
 
 
 def origin_of(results: pathlib.Path, *names: str) -> str:
+    return origins(filter(None, (read(results, name) for name in names)))
+
+
+def origin_of_reliability(results: pathlib.Path) -> str:
+    """The parts may have a command each, and are in one file."""
+    result = read(results, "reliability")
+    return origins([] if result is None else result["measured"].values())
+
+
+def origins(found: Iterable[dict[str, Any]]) -> str:
     rows = []  # One for each command, whose parts may have a file each.
-    for result in filter(None, (read(results, name) for name in names)):
+    for result in found:
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
         machine = result["machine"]
         where = f"{machine['device']}, {machine['cores']} cores"
@@ -678,7 +688,7 @@ TABLES: dict[str, Callable[[pathlib.Path], str]] = {
     "extreme_gradients": extreme_gradients,
     "soak": soak,
     "endurance": endurance,
-    "origin_reliability": lambda results: origin_of(results, "reliability"),
+    "origin_reliability": origin_of_reliability,
     "origin_quality": lambda results: origin_of(results, "quality", "quality_repeated"),
     "origin_first_moments": lambda results: origin_of(results, "first_moments"),
 }

@@ -3,14 +3,25 @@
 
 import collections
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.comparison import assert_same_bits
 
-from benchmarks import damage, extreme_gradients, kills, reliability, report, soak
+from benchmarks import (
+    damage,
+    extreme_gradients,
+    kills,
+    reliability,
+    report,
+    small_run,
+    soak,
+)
+from examples.common import checkpoints, command_line
 from optax_rms import rmsprop
 
 # One of each dtype, centered or not; the other variants are for the command.
@@ -105,6 +116,25 @@ def test_damaged_and_foreign_checkpoints_are_not_used(tmp_path):
     for row in rows:
         assert row["refused"], row
         assert row["unchanged"], row
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """As a limit for the size of a file."""
+    state = small_run.create(small_run.optimizer(), width=64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with checkpoints.open_folder(tmp_path) as manager:
+        checkpoints.save(manager, state, [{}], small_run.SETTINGS)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        try:
+            with pytest.raises(command_line.InputError, match="epoch 2.* too large"):
+                checkpoints.save(manager, state, [{}, {}], small_run.SETTINGS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with checkpoints.open_folder(tmp_path) as manager:
+        assert manager.all_steps() == [1]
+        restored, _ = checkpoints.restore(manager, state, small_run.SETTINGS)
+    assert_same_bits(restored.params, state.params)
 
 
 @pytest.mark.slow
