@@ -33,7 +33,7 @@ def drift(name: str, steps: int, blocks: int = 10) -> dict[str, Any]:
     Returns:
       ``bias``: of each block of steps, the mean of the stored average minus that of the
       exact average, over the root mean square of the latter; ``noise``: as `Minifloat`
-      defines it; ``standard_error``: of a bias.
+      defines it.
     """
     format, stated = STATED[name]
     field = "mu" if format.signed else "nu"
@@ -73,14 +73,10 @@ def drift(name: str, steps: int, blocks: int = 10) -> dict[str, Any]:
     noise = np.sqrt(error.mean())
     if format.signed:
         noise /= size
-    # Differences of steps 1 / (1 - DECAY) apart are independent of each other.
-    relative = noise if format.signed else 2 * noise
-    independent = ELEMENTS * steps / blocks * (1 - DECAY) / 2
     return {
         "format": name,
         "steps": steps,
         "bias": [float(x) for x in bias],
-        "standard_error": float(relative / np.sqrt(independent)),
         "noise": float(noise),
         "stated_noise": stated,
     }

@@ -24,8 +24,7 @@ from benchmarks import (
 from examples.common import checkpoints, command_line
 from optax_rms import rmsprop
 
-# One of each dtype, centered or not; the other variants are for the command.
-CASES = 30
+CASES = 30  # of one variant and dtype; the others are for the command
 
 
 def in_silence(iterable, **_):
@@ -33,7 +32,7 @@ def in_silence(iterable, **_):
 
 
 def test_extreme_gradients_touch_their_own_elements_only():
-    counts = extreme_gradients.measure(CASES, ["nesterov"], ["bfloat16"])
+    counts = extreme_gradients.measure(CASES, ["centered"], ["float32"])
     assert counts["cases"] >= CASES
     assert counts["finite_cases"] > 0
     assert counts["skipped_steps"] > 0
@@ -61,35 +60,42 @@ def unguarded(decay, eps):
     [(normalized, "another element changed"), (unguarded, "finite gradients gave")],
 )
 def test_extreme_gradients_find_a_bad_optimizer(monkeypatch, build, message):
-    variants = {"bad": extreme_gradients.Variant(build)}
+    variants = {build.__name__: extreme_gradients.Variant(build)}
     monkeypatch.setattr(extreme_gradients, "VARIANTS", variants)
     element = (1, "b", 0, 0.0 if build is unguarded else 1e20)
     case = extreme_gradients.Case(
-        "bad", 4, False, "float32", 0.9, 1e-8, 0, 1.0, [element]
+        build.__name__, 4, False, "float32", 0.9, 1e-8, 0, 1.0, [element]
     )
     with pytest.raises(AssertionError, match=message):
         extreme_gradients.check(case, collections.Counter())
 
 
+def largest_bias(row):
+    """Four deviations of the mean of the noise, which is independent 2 / (1 - decay)
+    steps apart; the heavy tails of squares make it up to twice as large.
+    """
+    independent = soak.ELEMENTS * row["steps"] * (1 - soak.DECAY) / 2
+    return 4 * 2 * (2 * row["stated_noise"]) / independent**0.5
+
+
 def test_averages_in_one_byte_do_not_drift():
     row = soak.drift("UE6M2", 2000)
-    # Ten blocks, each with the deviation that one mean of that many steps has; heavy
-    # tails of squares make it up to twice as large.
-    assert abs(np.mean(row["bias"])) < 4 * 2 * row["standard_error"] / 10**0.5
-    # The noise, of 64 elements and 20 independent times, has an error of 2 %.
+    assert abs(np.mean(row["bias"])) < largest_bias(row)
+    # 640 independent values have a deviation with an error of 3 %.
     assert row["noise"] == pytest.approx(row["stated_noise"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_drift_is_found(monkeypatch):
-    """Rounding to nearest, for example, is biased."""
+    """Rounding down, for example, is biased."""
     monkeypatch.setattr(
         "optax_rms.storage._compress_state.rounding_bits",
-        lambda shape, step, leaf, seed: jnp.full(shape, np.uint32(2**31)),
+        lambda shape, step, leaf, seed: jnp.zeros(shape, jnp.uint32),
     )
     jax.clear_caches()
-    row = soak.drift("UE6M2", 1000)
+    row = soak.drift("UE6M2", 2000)
     jax.clear_caches()
-    assert abs(np.mean(row["bias"])) > 4 * 2 * row["standard_error"] / 10**0.5
+    assert abs(np.mean(row["bias"])) > largest_bias(row)
 
 
 def test_counters_go_on_across_their_ends():
@@ -127,7 +133,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         checkpoints.save(manager, state, [{}], small_run.SETTINGS)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
         try:
-            with pytest.raises(command_line.InputError, match="epoch 2.* too large"):
+            with pytest.raises(command_line.InputError, match=r"epoch 2.* too large"):
                 checkpoints.save(manager, state, [{}, {}], small_run.SETTINGS)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
