@@ -74,8 +74,9 @@ def measure_damage(count: int, folder: Path, progress: Any) -> dict[str, Any]:
         ):
             state, history = checkpoints.restore(manager, template, small_run.SETTINGS)
         row["previous_restored"] += (
-            messages.getvalue()
-            == "checkpoint of epoch 2 is incomplete or damaged and is not used\n"
+            # Tasks that Orbax left behind above may write there as well.
+            "checkpoint of epoch 2 is incomplete or damaged and is not used\n"
+            in messages.getvalue()
             and len(history) == 1
             and results.sha256(state) == results.sha256(first)
         )
