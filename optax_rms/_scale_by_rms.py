@@ -87,9 +87,10 @@ def _variance(g, c: _Coefficients, retain, mu, variance):
     # rounding error alone: the spread is 0 then.
     negligible = retained < jnp.finfo(retained.dtype).eps
     spread = c.complement / jnp.where(negligible, 1, retained)
-    # 0 before the square, which may overflow: 0 times infinity is NaN.
-    distance = jnp.where(negligible, 0, g - mu)
-    variance = retain(c.decay, variance) + spread * _abs_square(distance)
+    # 0 before the square, which may overflow: 0 times infinity is NaN. A factor for all
+    # elements, as XLA of JAX 0.6 rounds a selection by element differently in shards.
+    kept = jnp.where(negligible, 0, 1).astype(g.dtype)
+    variance = retain(c.decay, variance) + spread * _abs_square(kept * (g - mu))
     return variance if c.total is None else variance / c.total, mu, variance
 
 
