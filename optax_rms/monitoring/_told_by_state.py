@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from optax_rms._scale_by_rms import ScaleByRmsWithCountState, ScaleByStddevState
+from optax_rms._scale_by_rms import (
+    ScaleByRmsWithCountState,
+    ScaleByStddevState,
+    sum_of_weights,
+)
 from optax_rms._types import Number
 from optax_rms.monitoring._count_extremes import is_saturated
 from optax_rms.storage._compress_state import (
@@ -62,10 +66,11 @@ def moments_by_path(state: Any, decay: Number | None) -> dict[Path, Moments]:
     for node in jax.tree.leaves(state, is_leaf=_has_moments):
         if not _has_moments(node):
             continue
-        count = node.count if "count" in node._fields else None
-        if count is not None and decay is None:
-            continue
-        total = None if count is None else _sum_of_weights(decay, count)
+        total = None
+        if "count" in node._fields and node.count is not None:
+            if decay is None:
+                continue
+            total = sum_of_weights(decay, node.count)
         columns = {
             name: tree_leaves_with_path(getattr(node, name))
             for name in _FIELDS[type(node)]
@@ -105,12 +110,6 @@ def _owner(path: Path, paths: Collection[Path]) -> Path | None:
     """The longest end of ``path`` that is one of ``paths``."""
     ends = (path[i:] for i in range(len(path) + 1))
     return next((end for end in ends if end in paths), None)
-
-
-def _sum_of_weights(decay: Any, steps: jax.Array) -> jax.Array:
-    """1 - decay^steps, to full precision also where decay is close to 1."""
-    dtype = jnp.result_type(float)
-    return -jnp.expm1(steps.astype(dtype) * jnp.log(jnp.asarray(decay, dtype)))
 
 
 def _is_any_compressed(state: Any) -> bool:
