@@ -28,7 +28,6 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 IMAGES = ROOT / "docs" / "images"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 DEVICES = ("cpu", "h100", "h200")
-NOT_MEASURED = "not measured"
 GROWTH_PARTS = ("growth", "stages")
 
 DAMAGE_COLUMNS = {
@@ -47,8 +46,6 @@ TrainingCell = tuple[str, str, float]
 
 def drift(results: pathlib.Path) -> str:
     result = read(results, "fidelity")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     versions = result["versions"]
     rows = [
         (
@@ -70,8 +67,6 @@ def drift(results: pathlib.Path) -> str:
 
 def centered(results: pathlib.Path) -> str:
     result = read(results, "fidelity")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     rows = [
         (
             f"`{row['optimizer']}`",
@@ -93,8 +88,6 @@ def centered(results: pathlib.Path) -> str:
 def dreamer(results: pathlib.Path) -> str:
     """Mean steps relative to float32: a row per format, a column per gradient."""
     result = read(results, "dreamer")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     measured = result["measured"]
     scales = [f"{cell['scale']:.0e}" for cell in measured["float32"]]
     rows = [
@@ -110,8 +103,6 @@ def update_step(
 ) -> str:
     """A row for each side of each comparison, a column for each set of leaves."""
     result = read(results, f"{part}.{device}")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     cells: dict[tuple[str, str], dict[str, str]] = {}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["measured"]["rows"]:
@@ -153,8 +144,6 @@ def both(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
 
 def memory(results: pathlib.Path, device: str) -> str:
     result = read(results, f"memory.{device}")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     columns = ("state", "limit", "accessed", "temporary", "allocator_peak")
     rows = []
     for row in result["measured"]["rows"]:
@@ -176,8 +165,6 @@ def memory(results: pathlib.Path, device: str) -> str:
 def compiled(results: pathlib.Path) -> str:
     """A row for each optimizer, with the bytes and kernels of its compiled programs."""
     result = read(results, "compiled")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     leaves = result["measured"]["leaves"]
     columns = {
         "moved": "moves",
@@ -185,7 +172,7 @@ def compiled(results: pathlib.Path) -> str:
         "collectives": "collectives",
         "kernels": f"kernels for {leaves} leaves",
     }
-    head = dict.fromkeys(("optimizer", "parameters", "must move"))
+    head: dict[str, None] = dict.fromkeys(("optimizer", "parameters", "must move"))
     cells: dict[tuple[str, ...], list[str]] = {}
     for row in result["measured"]["rows"]:
         key = f"`{row['side']}`", row["dtype"], per_parameter(row["limit"])
@@ -200,8 +187,6 @@ def compiled(results: pathlib.Path) -> str:
 def pod(results: pathlib.Path) -> str:
     """Megabytes on each chip, beside the floor, and collectives of the program."""
     result = read(results, "pod")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     columns = ("state", "floor", "moved", "temporary")
     rows = [
         (
@@ -223,8 +208,6 @@ def pod(results: pathlib.Path) -> str:
 def same_bits(results: pathlib.Path) -> str:
     """For each transformation, its arrangements on several devices, in all."""
     result = read(results, "same_bits")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     rows = []
     for row in result["measured"]["rows"]:
         layouts = row["layouts"]
@@ -252,8 +235,6 @@ def same_bits(results: pathlib.Path) -> str:
 def resumed(results: pathlib.Path) -> str:
     """For each storage format, the runs that went on from a checkpoint elsewhere."""
     result = read(results, "same_bits")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     rows = [
         (
             row["row"],
@@ -278,16 +259,14 @@ def _lone(different: int, largest: float) -> str:
 
 def growth(results: pathlib.Path, device: str) -> str:
     """The picture, which `benchmarks.figures` draws."""
-    if any(read(results, f"{part}.{device}") is None for part in GROWTH_PARTS):
-        return f"{NOT_MEASURED}\n"
+    for part in GROWTH_PARTS:
+        read(results, f"{part}.{device}")
     return f"![Growth of the times, {device}](images/growth.{device}.png)\n"
 
 
 def quality(results: pathlib.Path, name: str = "quality") -> str:
     """Differences of each format from float32, in standard deviations over seeds."""
     result = read(results, name)
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     cells = by_cell(result["measured"]["rows"])
     formats = list(dict.fromkeys(format for cell in cells.values() for format in cell))
     outside = dict.fromkeys(formats[1:], 0)
@@ -337,8 +316,6 @@ def apart(rows: list[dict[str, Any]], formats: Iterable[str]) -> list[TrainingCe
 def stored_roots(results: pathlib.Path) -> str:
     """Length of the steps and error of the roots, averaged over the seeds."""
     result = read(results, "quality")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     cells: dict[tuple[str, ...], list[str]] = {}
     formats = dict.fromkeys(row["format"] for row in result["measured"]["rows"])
     for row in result["measured"]["rows"]:
@@ -361,8 +338,6 @@ def stages(results: pathlib.Path, device: str) -> str:
     Both sides compiled the same leaves in the same rounds of one measurement.
     """
     result = read(results, f"stages.{device}")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in result["measured"]["rows"]:
         cell = cells.setdefault((row["shapes"], f"{row['n']:,}"), {})
@@ -387,8 +362,6 @@ def stages(results: pathlib.Path, device: str) -> str:
 def dqn(results: pathlib.Path) -> str:
     """The last fifth of the epochs of `examples/train_dqn.py`, over the seeds."""
     result = read(results, "train_dqn")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
 
     def last_fifth(epochs: list[list[float]]) -> np.ndarray:
         return np.mean(epochs[-max(1, len(epochs) // 5) :], axis=0)
@@ -411,8 +384,6 @@ def dqn(results: pathlib.Path) -> str:
 
 def origin_dqn(results: pathlib.Path) -> str:
     result = read(results, "train_dqn")
-    if result is None:
-        return f"{NOT_MEASURED}\n"
     versions = result["versions"] | {"gymnax": result["gymnax"]}
     row = (
         f"{result['seeds']}",
@@ -426,8 +397,6 @@ def origin_dqn(results: pathlib.Path) -> str:
 
 def kills(results: pathlib.Path) -> str:
     parts = reliability_part(results, "kills")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     alone, together = parts["alone"], parts["together"]
     rows = [
         (
@@ -451,8 +420,6 @@ def kills(results: pathlib.Path) -> str:
 
 def damaged_files(results: pathlib.Path) -> str:
     parts = reliability_part(results, "files")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     names = {
         "delete": "deleted",
         "truncate": "truncated",
@@ -467,8 +434,6 @@ def damaged_files(results: pathlib.Path) -> str:
 
 def foreign_checkpoints(results: pathlib.Path) -> str:
     parts = reliability_part(results, "files")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     rows = [
         (row["checkpoint"], *map(yes_or_no, (row["refused"], row["unchanged"])))
         for row in parts["others"]
@@ -478,8 +443,6 @@ def foreign_checkpoints(results: pathlib.Path) -> str:
 
 def no_space(results: pathlib.Path) -> str:
     parts = reliability_part(results, "files")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     rows = [
         (
             row["obstacle"],
@@ -494,8 +457,6 @@ def no_space(results: pathlib.Path) -> str:
 
 def extreme_gradients(results: pathlib.Path) -> str:
     counts = reliability_part(results, "gradients")
-    if counts is None:
-        return f"{NOT_MEASURED}\n"
     names = {
         "cases": "cases drawn",
         "finite_cases": "cases with finite gradients only, none of which gave NaN",
@@ -508,8 +469,6 @@ def extreme_gradients(results: pathlib.Path) -> str:
 
 def soak(results: pathlib.Path) -> str:
     parts = reliability_part(results, "soak")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     rows = []
     for row in parts["drift"]:
         bias, error = mean_and_error(row["bias"])
@@ -528,8 +487,6 @@ def soak(results: pathlib.Path) -> str:
 
 def endurance(results: pathlib.Path) -> str:
     parts = reliability_part(results, "soak")
-    if parts is None:
-        return f"{NOT_MEASURED}\n"
     memory, threads = parts["memory"], parts["threads"]
     crossings = parts["counters"]["crossings"]
     wrong = sum(row["to"] != row["expected"] for row in crossings)
@@ -559,9 +516,11 @@ def endurance(results: pathlib.Path) -> str:
     return markdown(("run", "result"), rows)
 
 
-def reliability_part(results: pathlib.Path, name: str) -> dict[str, Any] | None:
-    result = read(results, "reliability")
-    return None if result is None else result["measured"].get(name)
+def reliability_part(results: pathlib.Path, name: str) -> dict[str, Any]:
+    measured = read(results, "reliability")["measured"]
+    if name not in measured:
+        raise Missing
+    return measured[name]
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -580,13 +539,12 @@ def origin(results: pathlib.Path, device: str) -> str:
 
 
 def origin_of(results: pathlib.Path, *names: str) -> str:
-    return origins(filter(None, (read(results, name) for name in names)))
+    return origins(read(results, name) for name in names if has(results, name))
 
 
 def origin_of_reliability(results: pathlib.Path) -> str:
     """The parts may have a command each, and are in one file."""
-    result = read(results, "reliability")
-    return origins([] if result is None else result["measured"].values())
+    return origins(read(results, "reliability")["measured"].values())
 
 
 def origins(found: Iterable[dict[str, Any]]) -> str:
@@ -599,13 +557,30 @@ def origins(found: Iterable[dict[str, Any]]) -> str:
         row = command, where, result["date"], str(result["commit"]), versions
         if row not in rows:
             rows.append(row)
-    head = ("command", "machine", "date", "commit", "versions")
-    return markdown(head, rows) if rows else f"{NOT_MEASURED}\n"
+    if not rows:
+        raise Missing
+    return markdown(("command", "machine", "date", "commit", "versions"), rows)
 
 
-def read(results: pathlib.Path, name: str) -> dict[str, Any] | None:
-    path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+class Missing(Exception):
+    """Nobody has measured what a table shows."""
+
+
+def has(results: pathlib.Path, name: str) -> bool:
+    return (results / f"{name}.json").exists()
+
+
+def read(results: pathlib.Path, name: str) -> dict[str, Any]:
+    if not has(results, name):
+        raise Missing
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def or_not_measured(table: Callable[[pathlib.Path], str], results: pathlib.Path) -> str:
+    try:
+        return table(results)
+    except Missing:
+        return "not measured\n"
 
 
 def version_of(api: str, versions: dict[str, str]) -> str:
@@ -707,6 +682,9 @@ TABLES |= {
     for device in DEVICES
     for name, table in OF_DEVICE.items()
 }
+TABLES = {
+    name: functools.partial(or_not_measured, table) for name, table in TABLES.items()
+}
 
 
 def rendered(page: str, results: pathlib.Path = RESULTS) -> str:
@@ -742,9 +720,9 @@ def draw(results: pathlib.Path, images: pathlib.Path) -> None:
     from benchmarks import figures
 
     for device in DEVICES:
-        found = [read(results, f"{part}.{device}") for part in GROWTH_PARTS]
-        if None not in found:
-            steps, before = (result["measured"] for result in found if result)
+        names = [f"{part}.{device}" for part in GROWTH_PARTS]
+        if all(has(results, name) for name in names):
+            steps, before = (read(results, name)["measured"] for name in names)
             figure = figures.growth(steps, before)
             figure.savefig(images / f"growth.{device}.png")
 
