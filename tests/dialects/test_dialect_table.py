@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.on_request import all_by_default_but
 from helpers.running import run
 
 import optax_rms
@@ -377,10 +378,7 @@ REPEATED = {
     "Levanter `rmsprop`",
     "NVIDIA Emerging Optimizers `LaProp`",
 }
-ROWS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else [])
-    for name in EXPRESSIONS
-]
+ROWS = all_by_default_but(REPEATED, EXPRESSIONS)
 
 
 def names_in(expression):

@@ -13,3 +13,11 @@ def first_by_default(values, number=1):
         )
         for i, value in enumerate(values)
     ]
+
+
+def all_by_default_but(slow, names):
+    """The names run by default, those in the set `slow` as slow tests."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
+        for name in names
+    ]

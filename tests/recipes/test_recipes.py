@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.on_request import all_by_default_but
 from helpers.running import run
 
 from optax_rms import recipes
@@ -272,10 +273,7 @@ REPEATED = {
     "netket centered",
     "netket as_documented",
 }
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else [])
-    for name in PUBLISHED
-]
+NAMES = all_by_default_but(REPEATED, PUBLISHED)
 
 
 @pytest.mark.parametrize("name", NAMES)
