@@ -215,9 +215,9 @@ def draw(
             left += n
         bars.text(left, row, f" {left / 1e6:.3g} MB", va="center", fontweight="bold")
     bars.set_yticks(range(len(rows)), list(rows))
-    bars.set(xticks=[], xlim=(0, 1.25 * sum(one_device.values())), ylim=(1.5, -0.5))
+    bars.set(xticks=[], xlim=(0, 1.25 * sum(one_device.values())), ylim=(1.9, -0.5))
     bars.set_title("Bytes on a device", loc="left")
-    bars.legend(list(one_device), loc="lower right")
+    bars.legend(list(one_device), loc="lower left", ncols=2)
     bars.spines[:].set_visible(False)
     bars.tick_params(left=False)
     figure.savefig(file, dpi=150)
