@@ -6,6 +6,7 @@ its steps once per distinct shape and dtype instead of once per leaf, and keeps 
 the arithmetic between the gradient and the update in float32 or wider.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
 from optax_rms._alike import full_like
+from optax_rms._numerics import cast
 from optax_rms._types import PyTree
 
 
@@ -80,11 +82,15 @@ def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
         checks.check_state_shapes(
             updates, gradients, [column.values() for column in columns]
         )
+        shapes = collections.Counter(jnp.shape(g) for g in gradients if g is not None)
         for i, g in enumerate(gradients):
             if g is None:
                 continue
             leaves = [[leaf[i] for leaf in column.values()] for column in columns]
-            gradients[i], leaves = _run(leaf_functions, g, numbers, leaves)
+            # Without `jax.jit` around the update, each leaf needs a compiled function.
+            alone = shapes[jnp.shape(g)] == 1 and isinstance(g, jax.core.Tracer)
+            run = _run if alone else _run_once_traced
+            gradients[i], leaves = run(leaf_functions, g, numbers, leaves)
             for column, new in zip(columns, leaves, strict=True):
                 for name, leaf in zip(column, new, strict=True):
                     column[name][i] = leaf
@@ -125,22 +131,24 @@ def _init(step: Step, params: PyTree) -> Any:
     return step.state_class(**state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _run(leaf_functions, g, numbers, leaves):
     """Run all steps on one leaf; every array is returned in the dtype of its input."""
     wide = any(jnp.finfo(x.dtype).bits == 64 for x in [g, *jax.tree.leaves(leaves)])
     real, cplx = (jnp.float64, jnp.complex128) if wide else (jnp.float32, jnp.complex64)
 
     def widen(x):
-        return x.astype(cplx if jnp.iscomplexobj(x) else real)
+        return cast(x, cplx if jnp.iscomplexobj(x) else real)
 
-    numbers = jax.tree.map(lambda n: n.astype(real), numbers)
+    numbers = jax.tree.map(lambda n: cast(n, real), numbers)
     dtype, g = g.dtype, widen(g)
     new_leaves = []
     for leaf_function, own, old in zip(leaf_functions, numbers, leaves, strict=True):
         g, *new = leaf_function(g, own, *map(widen, old))
-        new_leaves.append([n.astype(o.dtype) for n, o in zip(new, old, strict=True)])
-    return g.astype(dtype), new_leaves
+        new_leaves.append([cast(n, o.dtype) for n, o in zip(new, old, strict=True)])
+    return cast(g, dtype), new_leaves
+
+
+_run_once_traced = jax.jit(_run, static_argnums=0)
 
 
 def accumulator(

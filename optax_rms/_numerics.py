@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numerics that several modules share: guarded functions and widening."""
+"""Numerics that several modules share: guarded functions, casts and widening."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def cast(x, dtype):
+    """``x.astype(dtype)``, without the time to trace it where it does nothing."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def zero_at_zero(function):

@@ -9,13 +9,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
 from optax_rms._leafwise import Step, accumulator, chain
+from optax_rms._numerics import cast
 from optax_rms._scale_by_rms import rms_step
 from optax_rms._schedules import check_learning_rate
 from optax_rms._types import LearningRate
 
 
 def _scale(g, factor):
-    return (factor.astype(g.dtype) * g,)
+    return (cast(factor, g.dtype) * g,)
 
 
 def _learning_rate_step(learning_rate: LearningRate) -> Step:
@@ -40,13 +41,13 @@ def _pass_on(g, nothing):
 
 
 def _heavy_ball(g, momentum, trace):
-    trace = g + momentum.astype(g.dtype) * trace
+    trace = g + cast(momentum, g.dtype) * trace
     return trace, trace
 
 
 def _nesterov(g, momentum, trace):
-    trace = g + momentum.astype(g.dtype) * trace
-    return g + momentum.astype(g.dtype) * trace, trace
+    trace = g + cast(momentum, g.dtype) * trace
+    return g + cast(momentum, g.dtype) * trace, trace
 
 
 def _momentum_step(

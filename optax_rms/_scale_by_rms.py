@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
 from optax_rms._leafwise import Step, accumulator, single
-from optax_rms._numerics import zero_at_zero
+from optax_rms._numerics import cast, zero_at_zero
 from optax_rms._types import Number
 
 
@@ -65,8 +65,9 @@ def _retained_or_forgotten(decay, x):
 
 def _mean_square(g, c: _Coefficients, retain, nu):
     """Hinton's moving average of the squared gradient."""
-    # Optax keeps the mean square of a complex leaf as a complex number.
-    nu = retain(c.decay, jnp.real(nu)) + c.complement * _abs_square(g)
+    if jnp.iscomplexobj(nu):  # as Optax keeps the mean square of a complex leaf
+        nu = jnp.real(nu)
+    nu = retain(c.decay, nu) + c.complement * _abs_square(g)
     return nu if c.total is None else nu / c.total, nu
 
 
@@ -79,7 +80,7 @@ def _variance(g, c: _Coefficients, retain, mu, variance):
     gain, retained = c.complement, c.decay
     if c.total is not None:
         gain, retained = gain / c.total, retained * c.previous_total / c.total
-    mu = mu + gain.astype(g.dtype) * (g - mu)
+    mu = mu + cast(gain, g.dtype) * (g - mu)
     # The distance from the new mean, g - mu, is `retained` times the distance from the
     # old one. The formula with the old mean has no division, but XLA on the CPU would
     # copy the old mean to keep it beside the new one.
@@ -89,18 +90,18 @@ def _variance(g, c: _Coefficients, retain, mu, variance):
     spread = c.complement / jnp.where(negligible, 1, retained)
     # 0 before the square, which may overflow: 0 times infinity is NaN. A factor for all
     # elements, as XLA of JAX 0.6 rounds a selection by element differently in shards.
-    kept = jnp.where(negligible, 0, 1).astype(g.dtype)
+    kept = cast(jnp.where(negligible, 0, 1), g.dtype)
     variance = retain(c.decay, variance) + spread * _abs_square(kept * (g - mu))
     return variance if c.total is None else variance / c.total, mu, variance
 
 
 def _divide_eps_in_sqrt(g, x, eps, guard):
-    return g * guard(jax.lax.rsqrt)(x + eps).astype(g.dtype)
+    return g * cast(guard(jax.lax.rsqrt)(x + eps), g.dtype)
 
 
 def _divide_eps_outside(g, x, eps, guard):
     root = zero_at_zero(jnp.sqrt)(x)
-    return g * guard(jnp.reciprocal)(root + eps).astype(g.dtype)
+    return g * cast(guard(jnp.reciprocal)(root + eps), g.dtype)
 
 
 def _unguarded(function):
@@ -110,7 +111,7 @@ def _unguarded(function):
 def _abs_square(x):
     if jnp.iscomplexobj(x):
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
-    return jnp.square(x)
+    return jax.lax.square(x)  # `jnp.square` would be traced for each shape
 
 
 @functools.cache

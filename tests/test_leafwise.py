@@ -83,6 +83,16 @@ def test_one_trace_for_each_shape_and_dtype(add):
     assert len(add.traced) == 4
 
 
+def test_a_shape_that_occurs_once_is_part_of_the_step(add):
+    """A function of its own would take longer to trace and lower."""
+    tx = leafwise.chain(adding(add))
+    g = [jnp.ones(2), jnp.ones(2), jnp.ones(3), None, None]
+    program = jax.make_jaxpr(tx.update)(g, tx.init(g))
+    calls = [e.params["jaxpr"] for e in program.eqns if "jaxpr" in e.params]
+    assert len(calls) == 2
+    assert {v.aval.shape for call in calls for v in call.jaxpr.outvars} == {(2,)}
+
+
 def test_none_passes_all_steps_and_leaves_their_states_alone(add):
     tx = leafwise.chain(adding(add, 1.0), adding(add, 1.0))
     g = {"a": jnp.ones(2), "b": jnp.ones(3)}
