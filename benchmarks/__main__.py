@@ -24,6 +24,7 @@ from benchmarks.peers import NotMeasured
 PARTS = {
     "update_step": True,
     "one_pass": True,
+    "eager": True,
     "growth": True,
     "stages": True,
     "memory": True,

@@ -534,7 +534,7 @@ def yes_or_no(x: bool) -> str:
 
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
-    parts = ("update_step", "growth", "memory", "stages")
+    parts = ("update_step", "one_pass", "eager", "growth", "memory", "stages")
     return origin_of(results, *(f"{part}.{device}" for part in parts))
 
 
@@ -673,6 +673,7 @@ OF_DEVICE: dict[str, Callable[..., str]] = {
     "limits": functools.partial(update_step, cell=multiple_of_limit),
     "ratios": functools.partial(update_step, cell=relative),
     "one_pass": functools.partial(update_step, cell=both, part="one_pass"),
+    "eager": functools.partial(update_step, cell=both, part="eager"),
     "memory": memory,
     "growth": growth,
     "stages": stages,

@@ -12,7 +12,7 @@ from helpers.frameworks import require, require_submodule
 
 import optax_rms
 from benchmarks import __main__ as command
-from benchmarks import growth, memory, one_pass, peers, stages, update_step
+from benchmarks import eager, growth, memory, one_pass, peers, stages, update_step
 from benchmarks.leaves import distinct_shapes
 
 SHAPES = [(4, 256), (8,)]
@@ -45,6 +45,22 @@ def test_sides_in_processes_take_turns():
         assert row["moved_bytes"] == 20 * 201 * 8
         assert row["seconds"]["rounds"] >= 20
     assert missing["not_measured"] == "takes minutes to compile"
+
+
+def test_eager_measures_every_library_without_a_compiler(monkeypatch):
+    require("torch")
+    monkeypatch.setattr(eager, "SHAPES", SHAPES)
+    monkeypatch.setattr(eager, "OPTIONS", {"momentum": {"momentum": 0.9}})
+    rows = eager.measure(quick=True, progress=in_silence)["rows"]
+    sides = ["optax_rms.rmsprop", "optax.rmsprop", "torch.optim.RMSprop"]
+    assert [row["side"] for row in rows] == sides
+    assert all(row["seconds"]["median"] > 0 for row in rows)
+    run = eager.EagerRun(optax.sgd(1.0), peers.Leaves([(3,)]))
+    before = run.params[0]
+    run(2)
+    np.testing.assert_allclose(
+        run.params[0], before - 2 * peers.Leaves([(3,)]).jax_gradients[0], rtol=1e-6
+    )
 
 
 def test_quick_growth_measures_every_size(monkeypatch):
