@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of the table in docs/dialects.md, evaluated, against the framework's rule.
+"""Every row of the table in docs/other_frameworks.md, against the framework's rule.
 
 The rules are in float64 NumPy, each written from what was found out about its framework
 and not from one another. A rule takes one step: ``rule(p, g, lr, t, s, **names)``. The
@@ -22,7 +22,7 @@ from helpers.running import run
 
 import optax_rms
 
-PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "dialects.md"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 BOUND = 2e-5
 STEPS = 75
 RATES = (1e-2 * (1.5 + np.sin(np.arange(STEPS)))).astype(np.float32)
@@ -351,16 +351,16 @@ RULES = {
 }
 
 
-def rows_under(heading):
+def rows_under(heading, page):
     """The rows of the table under a heading, as lists of cells."""
-    lines = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = (DOCS / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [
         line.strip("|").split("|") for line in lines.splitlines() if line[:1] == "|"
     ]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
-TABLE = {row[0]: row for row in rows_under("All others")}
+TABLE = {row[0]: row for row in rows_under("Settings", "other_frameworks.md")}
 EXPRESSIONS = {
     name: row[1].strip("`") for name, row in TABLE.items() if row[1].startswith("`")
 }
@@ -498,7 +498,9 @@ def test_every_name_has_a_default(name):
     assert names_in(EXPRESSIONS[name]) <= defaults.keys()
 
 
-@pytest.mark.parametrize("row", rows_under("Frameworks with a module of their own"))
+@pytest.mark.parametrize(
+    "row", rows_under("Frameworks with a module of their own", "dialects.md")
+)
 def test_functions_named_on_the_page_exist(row):
     module, function = row[1].strip("`").rsplit(".", 1)
     assert callable(getattr(importlib.import_module(f"optax_rms.{module}"), function))

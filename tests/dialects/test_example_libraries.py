@@ -52,7 +52,7 @@ def run_theirs(arguments, gradients, rates):
 
 @jax.jit
 def run_ours(arguments, gradients, rates):
-    """The same, with the settings that docs/dialects.md has for it."""
+    """The same, with the settings that docs/other_frameworks.md has for it."""
     arguments = dict(arguments)
     tx = optax_rms.rmsprop(
         lambda count: rates[count],

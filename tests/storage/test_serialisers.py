@@ -34,7 +34,7 @@ from optax_rms import (
 PARAMS = {"b": jnp.linspace(-1.0, 1.0, 5), "w": jnp.ones((4, 3))}
 INNER = optax.rmsprop(0.1, momentum=0.9)
 HIGHER = dataclasses.replace(UE6M2, lowest_exponent=-32)
-DOCS = pathlib.Path(__file__).parents[2] / "docs/storage_formats.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs/compressed_checkpoints.md"
 
 
 def equinox_leaves(state, path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings that docs/dialects.md has for bitsandbytes' ``RMSprop``, against it."""
+"""bitsandbytes' ``RMSprop`` against the settings in docs/other_frameworks.md."""
 
 import numpy as np
 import optax
