@@ -364,7 +364,7 @@ def test_a_batch_of_dqn_zoo():
         recipes.dqn_zoo(batch_size=0)
 
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "reproduce_a_paper.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "all_recipes.md"
 PLACEMENTS = {
     "Optax": PLAIN,
     "TensorFlow 1": TENSORFLOW,
@@ -376,8 +376,7 @@ PLACEMENTS = {
 
 def rows_of_the_page():
     """The cells of every row, by the name of the recipe and of its variant."""
-    _, lines = PAGE.read_text().split("\n## All recipes\n")
-    table = [line for line in lines.split("\n## ")[0].splitlines() if line[:1] == "|"]
+    table = [line for line in PAGE.read_text().splitlines() if line[:1] == "|"]
     head, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page "Continue a run from PyTorch": its code runs, on files of every layout."""
+"""The pages on runs from PyTorch: their code runs, on files of every layout."""
 
 import pathlib
 import re
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
-PAGE = pathlib.Path(__file__).parents[3] / "docs" / "continue_from_torch.md"
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 ORDER = ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
@@ -97,7 +97,9 @@ def stored(optimizer, slot):
 def test_page(tmp_path, monkeypatch, capsys):
     """Every file gives the same state. Ten steps are the same in PyTorch and JAX."""
     monkeypatch.chdir(tmp_path)
-    text = PAGE.read_text()
+    # The code for other layouts needs the optimizer before the way back replaces it.
+    pages = (f"continue_from_torch{page}.md" for page in ("", "_files", "_back"))
+    text = "".join((DOCS / page).read_text() for page in pages)
     saved, *blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     scope = {}
     exec(compile(saved, "<page>", "exec"), scope)
