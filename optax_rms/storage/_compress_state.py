@@ -25,7 +25,7 @@ from optax_rms._numerics import is_half, widen
 from optax_rms._types import PyTree
 from optax_rms.storage._fingerprint import check_fingerprint, fingerprint, reject
 from optax_rms.storage._formats import Minifloat
-from optax_rms.storage._rounding import rounding_bits
+from optax_rms.storage._rounding import leaf_numbers, rounding_bits
 
 _CONVERSION = "decompress_state and recompress_state"
 
@@ -182,14 +182,15 @@ def compress_state(
         # A restored step may be NumPy's, whose version 1 makes int64 of step + 1.
         step, codes = jnp.asarray(state.rounding_step), state.inner_state
         fields = _coded_fields(codes, formats)
-        values = _decode_fields(codes, fields, formats, step, _check_codes(state))
+        intact = _check_codes(state)
+        values = _decode_fields(codes, fields, formats, step, intact)
         wide_updates, values = jax.tree.map(widen, (updates, values))
         new_updates, new = inner.update(wide_updates, values, params, **extra_args)
         new_updates = jax.tree.map(_narrow, new_updates, updates)
         # Optax has None in the new state where the gradient is None.
         new = jax.tree.map(lambda old, new: old if new is None else new, values, new)
         codes = _encode_fields(
-            new, codes, fields, formats, step + 1, state.rounding_seed
+            new, codes, fields, formats, step + 1, state.rounding_seed, intact
         )
         return new_updates, state._replace(rounding_step=step + 1, inner_state=codes)
 
@@ -336,17 +337,21 @@ def _encode_fields(
     formats: Mapping[str, Minifloat],
     step: ArrayLike,
     seed: jax.Array | None,
+    intact: bool | jax.Array = True,
 ) -> PyTree:
     """The codes of the fields; other leaves get the dtypes of ``like``."""
     old_leaves, treedef = jax.tree.flatten(like)
     leaves = treedef.flatten_up_to(values)
+    coded = {i: field for i, field in enumerate(fields) if field is not None}
+    kinds = {i: (field, jnp.shape(leaves[i])) for i, field in coded.items()}
+    numbers = leaf_numbers(kinds, intact)
     for i, (leaf, old, field) in enumerate(
         zip(leaves, old_leaves, fields, strict=True)
     ):
         if field is None:
             leaves[i] = _narrow(leaf, old)
         else:
-            leaves[i] = _encode(formats[field], leaf, step, np.uint32(i), seed)
+            leaves[i] = _encode(formats[field], leaf, step, numbers[i], seed)
     return treedef.unflatten(leaves)
 
 

@@ -13,7 +13,7 @@ from optax_rms._leaf_names import leaf_name
 from optax_rms._types import PyTree
 from optax_rms.storage._fingerprint import check_fingerprint, fingerprint, reject
 from optax_rms.storage._residuals import advance, join, split
-from optax_rms.storage._rounding import WEIGHT_STREAM
+from optax_rms.storage._rounding import WEIGHT_STREAM, leaf_numbers
 
 _RESIDUAL_DTYPES = {8: jnp.int8, 16: jnp.int16}
 _CONVERSION = "master_weights and split_weights"
@@ -208,6 +208,12 @@ def split_master_weights(
         # A restored step may be NumPy's, whose version 1 makes int64 of step + 1.
         step = state.rounding_step
         step = None if step is None else jnp.asarray(step)
+        kinds = {
+            WEIGHT_STREAM + i: w.shape
+            for i, (w, r) in enumerate(zip(weights, residuals, strict=True))
+            if not _is_absent(r)
+        }
+        numbers = leaf_numbers(kinds, step is None or intact)
         for i, (w, r, g) in enumerate(zip(weights, residuals, gradients, strict=True)):
             if _is_absent(r) or _is_absent(g):
                 continue
@@ -216,7 +222,7 @@ def split_master_weights(
                 r,
                 reject(changes[i], unless=intact),
                 step,
-                WEIGHT_STREAM + i,
+                numbers[WEIGHT_STREAM + i],
                 in_own_dtype=jnp.result_type(g) == w.dtype,
                 seed=state.rounding_seed,
             )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random bits for stochastic rounding, a hash of element, array and step."""
 
+from collections.abc import Hashable, Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,38 @@ def rounding_bits(
     # Without a second word of the hash, the bits of two steps would be shifted copies.
     x = (x ^ _mix(first + _GOLDEN)) * np.uint32(0x85EBCA77)
     return x ^ (x >> 15)
+
+
+def leaf_numbers(
+    kinds: Mapping[int, Hashable], runtime: bool | jax.Array
+) -> dict[int, ArrayLike]:
+    """The number of each leaf for `rounding_bits`, as a uint32 scalar.
+
+    A number that XLA knows is a constant in the loop of its array. XLA for a CPU then
+    compiles a loop for each array in place of one for each kind of array. A choice
+    between the number and 0 hides the number until the program runs.
+
+    Args:
+      kinds: for each number, the kind of its array; arrays of one kind have one loop.
+      runtime: a bool scalar, not known when the program is compiled, that is false
+        only if the bits do not matter; or ``True``.
+
+    Returns:
+      The numbers, by themselves.
+    """
+    numbers = {number: np.uint32(number) for number in kinds}
+    if runtime is True or len(set(kinds.values())) == len(kinds):
+        return numbers
+
+    def known(_=None):
+        return jax.tree.map(jnp.asarray, numbers)
+
+    def hidden(runtime):
+        return jax.lax.cond(
+            runtime, known, lambda: jax.tree.map(jnp.zeros_like, numbers)
+        )
+
+    return jax.lax.platform_dependent(runtime, cpu=hidden, default=known)
 
 
 # Odd, and 2^32 / golden ratio: multiples of it are spread evenly.

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import pickle
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import chex
@@ -18,7 +19,7 @@ from helpers.on_request import first_by_default
 from helpers.running import step
 from helpers.trajectory import x64
 
-from optax_rms import rmsprop
+from optax_rms import rmsprop, split_master_weights
 from optax_rms.monitoring import count_extremes
 from optax_rms.storage._compress_state import (
     compress_state,
@@ -767,3 +768,19 @@ def test_values_of_another_shape_are_errors_that_name_the_leaf():
     message = message_of(ValueError, recompress_state, state, other)
     assert "ScaleByAdamState" in message
     assert "ScaleByRmsState" in message
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_leaves_of_one_shape_share_their_loops(split):
+    """XLA for a CPU then compiles each loop once."""
+
+    def loops(count):
+        tx = compress_state(rmsprop(0.1), nu=UE6M2)
+        tx = split_master_weights(tx) if split else tx
+        params = count * [jnp.ones(100, jnp.bfloat16 if split else jnp.float32)]
+        program = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+        names = r"metadata={[^}]*}|(?<=[a-z])\.\d+|(?<=param_)[\d.]+"
+        text = re.sub(names, "", program.as_text())
+        return {c for c in text.split("\n\n") if c.startswith("%fused_computation")}
+
+    assert len(loops(3)) == len(loops(2)) > 0
