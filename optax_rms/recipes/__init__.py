@@ -6,8 +6,8 @@ a paper are from a transcription of its text, unless the docstring names another
 
 An epsilon, like a bound on gradients, has the scale of the gradients. Each recipe
 therefore says whether the loss is a sum or a mean over the batch: with a mean over 32
-samples, gradients are 32 times smaller than with a sum. The page "Reproduce a paper"
-has all recipes in one table. `cite` returns the BibTeX entries of a recipe.
+samples, gradients are 32 times smaller than with a sum. The page "All recipes" has
+all recipes in one table. `cite` returns the BibTeX entries of a recipe.
 """
 
 from optax_rms.recipes._citations import cite
