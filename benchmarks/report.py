@@ -138,8 +138,9 @@ def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
 
 
 def both(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
-    """Milliseconds, and the multiple of the first side."""
-    return f"{milliseconds(row, group)}, {relative(row, group)}"
+    """Milliseconds, and the multiple of the first side, if it was measured."""
+    time = milliseconds(row, group)
+    return time if "not_measured" in group[0] else f"{time}, {relative(row, group)}"
 
 
 def memory(results: pathlib.Path, device: str) -> str:

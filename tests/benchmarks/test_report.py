@@ -72,6 +72,17 @@ def test_table_of_ratios(results):
     ]
 
 
+def test_no_ratio_to_a_side_that_was_not_measured(tmp_path):
+    for first, text in (
+        (STEPS[1], "6.00 (5.40 to 6.60), 2.00"),
+        (STEPS[3], "6.00 (5.40 to 6.60)"),
+    ):
+        rows = [{"leaves": "few", "comparison": "plain"} | r for r in (first, STEPS[2])]
+        content = HEADER | {"measured": {"rows": rows}}
+        (tmp_path / "one_pass.cpu.json").write_text(json.dumps(content))
+        assert body(tmp_path, "one_pass_cpu")[1] == f"| plain | `theirs` | {text} |"
+
+
 def test_memory(results):
     ours, missing = body(results, "memory_cpu")
     assert ours == "| `ours` | float32 | 4 | 20 | 28 | 0 |  |"
