@@ -334,28 +334,32 @@ def stored_roots(results: pathlib.Path) -> str:
 
 
 def stages(results: pathlib.Path, device: str) -> str:
-    """Time before the first step, of `optax_rms.rmsprop` and of Optax.
+    """Time before the first step, and ratios to that of Optax.
 
-    Both sides compiled the same leaves in the same rounds of one measurement.
+    All sides compiled the same leaves in the same rounds of one measurement.
     """
     result = read(results, f"stages.{device}")
     cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in result["measured"]["rows"]:
         cell = cells.setdefault((row["shapes"], f"{row['n']:,}"), {})
         cell[row["side"]] = row
+    ours, theirs = "optax_rms.rmsprop", "optax.rmsprop"
+    byte = "optax_rms.rmsprop, nu=UE6M2"
     rows = []
     for cell, sides in cells.items():
-        ours, theirs = sides["optax_rms.rmsprop"], sides["optax.rmsprop"]
         texts = []
         for stage in ("trace_and_lower", "compile"):
-            ratio = ours[stage]["median"] / theirs[stage]["median"]
-            texts += [with_quartiles(side[stage], unit=1) for side in (ours, theirs)]
-            texts.append(f"{ratio:.2f}")
+            unit = sides[theirs][stage]["median"]
+            texts += [with_quartiles(sides[s][stage], unit=1) for s in (ours, theirs)]
+            for side in (ours, byte):
+                ratio = side in sides and f"{sides[side][stage]['median'] / unit:.2f}"
+                texts.append(ratio or "")
         rows.append((*cell, *texts))
+    ratios = ("ratio", "`nu=UE6M2`: ratio")
     head = (
         *("shapes", "leaves"),
-        *("trace and lower, s", "Optax, s", "ratio"),
-        *("compile, s", "Optax, s", "ratio"),
+        *("trace and lower, s", "Optax, s", *ratios),
+        *("compile, s", "Optax, s", *ratios),
     )
     return markdown(head, rows)
 
