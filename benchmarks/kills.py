@@ -59,7 +59,8 @@ def measure_alone(kills: int, num_epochs: int, folder: Path, progress: Any) -> A
         counts["different_ends"] += end != reference
         counts["bits_compared"] += reference["bits"]
 
-    for _ in progress(range(kills)):
+    # Some runs end before the moment of their kill.
+    for _ in progress(iter(lambda: counts["kills"] < kills, False), total=kills):
         run = folder / f"killed_{counts['ends']}"
         process, left_over = runs.start(run), set(run.glob(UNFINISHED))
         if counts["kills"] % 2:

@@ -162,7 +162,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     found = kills.measure_alone(2, 6, tmp_path, in_silence)
-    assert found["kills"] + found["ends"] >= 3
+    assert found["kills"] == 2
+    assert found["ends"] > 0
     assert found["different_ends"] == 0
     assert found["bits_compared"] > 0
 
