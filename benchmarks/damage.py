@@ -229,5 +229,6 @@ def _contents(folder: Path) -> dict[str, str]:
     }
 
 
-def _last_line(path: Path) -> str:
-    return path.read_text().splitlines()[-1]
+def _last_line(path: Path, folder: Path) -> str:
+    """With paths relative to the folder."""
+    return path.read_text().splitlines()[-1].replace(f"{folder}/", "")
