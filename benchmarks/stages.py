@@ -28,7 +28,7 @@ QUICK_ROUNDS = 3
 
 COMPARED = [peers.OURS, peers.UE6M2, peers.OPTAX, peers.KERAS]
 # Beyond this number of leaves a compilation takes more than about a minute.
-MOST_LEAVES = {peers.UE6M2: 100}
+MOST_LEAVES = {peers.UE6M2: 200}
 MOST_SHAPES = 100
 
 ONE_SHAPE = "one shape"
