@@ -190,9 +190,7 @@ def measure_no_space(folder: Path, num_epochs: int) -> list[dict[str, Any]]:
             {
                 "obstacle": name,
                 "exit_code": process.exitcode,
-                "message": _last_line(small_run.messages_of(run)).replace(
-                    f"{run}/", ""
-                ),
+                "message": _last_line(small_run.messages_of(run), run),
                 "checkpoints_kept": kept.items() <= after.items(),
                 "same_end_later": runs.finish(run) == reference,
             }
