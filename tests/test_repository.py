@@ -11,7 +11,8 @@ from optax_rms import dialects
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ["benchmarks", "docs", "examples", "optax_rms", "tests"]
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-GUIDES = ["CONTRIBUTING.md", "SECURITY.md", "docs/where_things_go.md"]
+LISTS = ["docs/where_things_go.md", "docs/add_a_dialect.md"]
+GUIDES = ["CONTRIBUTING.md", "SECURITY.md", *LISTS]
 
 
 def test_every_source_file_begins_with_its_license():
@@ -30,9 +31,10 @@ def test_paths_in_guides_exist(guide):
     assert not missing, f"{guide} names paths that do not exist"
 
 
-def test_the_lists_of_files_name_what_the_tests_call_so():
+@pytest.mark.parametrize("guide", LISTS)
+def test_lists_of_files_name_what_the_tests_call_so(guide):
     """Names in backticks that stand beside a path, for example `RULES`."""
-    text = (ROOT / "docs/where_things_go.md").read_text()
+    text = (ROOT / guide).read_text()
     steps = re.findall(r"^\d\. `([\w/]+\.py)`((?:.*\n)(?: {3}.*\n)*)", text, re.M)
     assert steps
     for path, step in steps:
