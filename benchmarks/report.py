@@ -17,6 +17,7 @@ import pathlib
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -451,7 +452,7 @@ def no_space(results: pathlib.Path) -> str:
     rows = [
         (
             row["obstacle"],
-            f"`{row['message']}`",
+            f"`{textwrap.shorten(row['message'], 100, placeholder=' …')}`",
             *map(yes_or_no, (row["checkpoints_kept"], row["same_end_later"])),
         )
         for row in parts["no_space"]

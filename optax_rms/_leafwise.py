@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rms import _checks as checks
@@ -88,7 +89,7 @@ def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
                 continue
             leaves = [[leaf[i] for leaf in column.values()] for column in columns]
             # Without `jax.jit` around the update, each leaf needs a compiled function.
-            alone = shapes[jnp.shape(g)] == 1 and isinstance(g, jax.core.Tracer)
+            alone = shapes[jnp.shape(g)] == 1 and isinstance(g, Tracer)
             run = _run if alone else _run_once_traced
             gradients[i], leaves = run(leaf_functions, g, numbers, leaves)
             for column, new in zip(columns, leaves, strict=True):

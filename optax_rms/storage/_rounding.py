@@ -80,7 +80,7 @@ def leaf_numbers(
     Returns:
       The numbers, by themselves.
     """
-    numbers = {number: np.uint32(number) for number in kinds}
+    numbers: dict[int, ArrayLike] = {number: np.uint32(number) for number in kinds}
     if runtime is True or len(set(kinds.values())) == len(kinds):
         return numbers
 
