@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.on_request import first_by_default
 from helpers.reference import gradient_stream, relative_error
 from helpers.running import run
 from helpers.trajectory import rounding_bound, x64
@@ -120,7 +121,7 @@ def test_without_memory_every_step_is_a_sign(gradients, eps_in_sqrt):
 
 
 @pytest.mark.parametrize("lr_in_momentum", [False, True])
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", first_by_default([0.9, None]))
 def test_constant_denominator_leaves_momentum(gradients, momentum, lr_in_momentum):
     rmsprop = optax_rms.rmsprop(
         4 * RATE,

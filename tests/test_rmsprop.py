@@ -53,7 +53,7 @@ def test_positional_arguments_are_those_of_optax():
     ids=["nesterov", "momentum", "plain"],
 )
 @pytest.mark.parametrize("centered", BOTH)
-@pytest.mark.parametrize("eps_in_sqrt", BOTH)
+@pytest.mark.parametrize("eps_in_sqrt", first_by_default(BOTH))
 @x64()
 def test_trajectory_is_that_of_optax(eps_in_sqrt, centered, momentum):
     stream = alternating_stream if centered else gradient_stream

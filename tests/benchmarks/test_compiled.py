@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers.on_request import first_by_default
 from jax.sharding import Mesh
 
 from benchmarks import compiled, peers, report
@@ -33,7 +34,7 @@ def mesh(n):
     return Mesh(np.reshape(jax.devices()[: n * n], (n, n)), ("rows", "columns"))
 
 
-@pytest.mark.parametrize("side", compiled.TRANSFORMATIONS)
+@pytest.mark.parametrize("side", first_by_default(compiled.TRANSFORMATIONS, 4))
 def test_bytes_are_those_that_xla_counts(side):
     program = compiled.compile_step(side, SHAPES, "float32", mesh(1))
     expected = program.cost_analysis()["bytes accessed"]

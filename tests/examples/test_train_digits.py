@@ -18,7 +18,6 @@ import optax
 import pytest
 import train_digits
 from common import checkpoints, curves, digits, results
-from helpers.on_request import first_by_default
 
 import optax_rms
 
@@ -216,6 +215,7 @@ def test_validation_is_a_fifth_of_each_digit_and_of_nothing_trained_on():
     assert abs(np.std(training.images) - 1) < 400 * np.finfo(np.float32).eps
 
 
+@pytest.mark.slow
 def test_each_epoch_is_shuffled_anew():
     rng = np.random.default_rng(0)
     examples = digits.Examples(
@@ -264,9 +264,8 @@ def test_run_prints_a_table_and_writes_curves_and_results(tmp_path, capsys):
     assert picture.std() > 0.01
 
 
-@pytest.mark.parametrize(
-    "flags", first_by_default([["--momentum", 0.9, "--learning-rate", 1e-4], []])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--momentum", 0.9, "--learning-rate", 1e-4], []])
 def test_the_same_run_with_optax_has_the_same_losses(tmp_path, capsys, flags):
     """The drop-in: up to rounding, which 132 steps of training pass on."""
     found = run(tmp_path, "--epochs", 3, *flags)
@@ -281,7 +280,8 @@ def test_the_same_run_with_optax_has_the_same_losses(tmp_path, capsys, flags):
     ) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("factor", first_by_default([np.nan, 1 + 1e-3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [np.nan, 1 + 1e-3])
 def test_a_difference_from_optax_is_shown(monkeypatch, tmp_path, capsys, factor):
     """An optimizer that is not the same, and a run with Optax that diverges."""
     optax_rmsprop = optax.rmsprop

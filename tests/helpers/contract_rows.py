@@ -240,7 +240,6 @@ ROWS = [
 QUICK = {
     "centered_momentum_bias_correction",
     "compressed",
-    "keras",
     "master_weights",
     "schedule",
     "torch",

@@ -61,7 +61,7 @@ def standard_promotion():
         yield
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", first_by_default(INNERS, 3))
 def test_updates_and_inner_state_are_those_of_inner_bit_for_bit(name):
     """Where nothing is fused; compiled, they are equal but for rounding."""
     inner = INNERS[name]()

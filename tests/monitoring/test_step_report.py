@@ -107,7 +107,7 @@ def random_leaf(rng, shape, dtype):
     return draw(-8, 8), draw(-14, -4), draw(-2, 2)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", first_by_default([True, False]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("eps_in_sqrt", [True, False])
 def test_shares_and_norms_are_those_of_brute_force(dtype, eps_in_sqrt, jit):
@@ -340,7 +340,7 @@ WITH_CORRECTION = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT_CORRECTION)
+@pytest.mark.parametrize("name", first_by_default(WITHOUT_CORRECTION, 5))
 def test_mean_square_is_found_in_the_state(name):
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by an integer.
         updates, state = take_steps(WITHOUT_CORRECTION[name], PARAMS, GRADIENTS)
