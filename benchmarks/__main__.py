@@ -25,6 +25,7 @@ PARTS = {
     "update_step": True,
     "one_pass": True,
     "eager": True,
+    "calls": True,
     "growth": True,
     "stages": True,
     "memory": True,

@@ -139,9 +139,14 @@ def relative(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
 
 
 def both(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
-    """Milliseconds, and the multiple of the first side, if it was measured."""
+    """Milliseconds, and the multiple of the first side, if that was measured."""
     time = milliseconds(row, group)
     return time if "not_measured" in group[0] else f"{time}, {relative(row, group)}"
+
+
+def over_limit(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    """Milliseconds, and the multiple of the limit."""
+    return f"{milliseconds(row, group)}, {multiple_of_limit(row, group)}"
 
 
 def memory(results: pathlib.Path, device: str) -> str:
@@ -540,7 +545,8 @@ def yes_or_no(x: bool) -> str:
 
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
-    parts = ("update_step", "one_pass", "eager", "growth", "memory", "stages")
+    parts = ("update_step", "one_pass", "eager", "calls", "growth")
+    parts += ("memory", "stages")
     return origin_of(results, *(f"{part}.{device}" for part in parts))
 
 
@@ -680,6 +686,7 @@ OF_DEVICE: dict[str, Callable[..., str]] = {
     "ratios": functools.partial(update_step, cell=relative),
     "one_pass": functools.partial(update_step, cell=both, part="one_pass"),
     "eager": functools.partial(update_step, cell=both, part="eager"),
+    "calls": functools.partial(update_step, cell=over_limit, part="calls"),
     "memory": memory,
     "growth": growth,
     "stages": stages,

@@ -12,7 +12,16 @@ from helpers.frameworks import require, require_submodule
 
 import optax_rms
 from benchmarks import __main__ as command
-from benchmarks import eager, growth, memory, one_pass, peers, stages, update_step
+from benchmarks import (
+    calls,
+    eager,
+    growth,
+    memory,
+    one_pass,
+    peers,
+    stages,
+    update_step,
+)
 from benchmarks.leaves import distinct_shapes
 
 SHAPES = [(4, 256), (8,)]
@@ -61,6 +70,14 @@ def test_eager_measures_every_library_without_a_compiler(monkeypatch):
     np.testing.assert_allclose(
         run.params[0], before - 2 * peers.Leaves([(3,)]).jax_gradients[0], rtol=1e-6
     )
+
+
+def test_calls_measure_a_step_and_less():
+    rows = calls.compare(4 * [(1000,)], 0.1)
+    sides = [calls.COPY, "no arithmetic", "one step", "10 steps in a loop"]
+    assert [row["side"] for row in rows] == sides
+    assert {row["moved_bytes"] for row in rows} == {20 * 4000}
+    assert all(row["seconds"]["median"] > 0 for row in rows)
 
 
 def test_quick_growth_measures_every_size(monkeypatch):
