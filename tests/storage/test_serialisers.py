@@ -34,7 +34,7 @@ from optax_rms import (
 PARAMS = {"b": jnp.linspace(-1.0, 1.0, 5), "w": jnp.ones((4, 3))}
 INNER = optax.rmsprop(0.1, momentum=0.9)
 HIGHER = dataclasses.replace(UE6M2, lowest_exponent=-32)
-DOCS = pathlib.Path(__file__).parents[2] / "docs/compressed_checkpoints.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 def equinox_leaves(state, path):
@@ -199,7 +199,7 @@ def test_compressed_and_uncompressed_states_are_not_mixed(save, tmp_path):
 
 
 def test_the_table_in_the_docs_is_the_one_of_the_tests():
-    text = DOCS.read_text()
+    text = (DOCS / "compressed_checkpoints.md").read_text()
     for save, outcomes in OUTCOMES.items():
         assert f"| {save.__doc__} | as saved | {' | '.join(outcomes)} |" in text
 
@@ -314,15 +314,14 @@ def compressed_as_in_version_0_1(state):
 
 def pickle_of_version_0_1(state, folder):
     """Through a file that names the modules of then, read as the page says."""
-    text = pickle.dumps(state, protocol=0)
-    assert b"optax_rms.storage._compress_state" in text
+    pickled = pickle.dumps(state, protocol=0)
+    assert b"optax_rms.storage._compress_state" in pickled
     path = folder / "state.pickle"
-    path.write_bytes(text.replace(b"optax_rms.storage._", b"optax_rms._"))
+    path.write_bytes(pickled.replace(b"optax_rms.storage._", b"optax_rms._"))
     with pytest.raises(ModuleNotFoundError, match=r"optax_rms\._compress_state"):
         pickle.loads(path.read_bytes())
-    (code,) = re.findall(
-        r"^```python\n(import pickle.*?)^```", DOCS.read_text(), re.M | re.S
-    )
+    text = (DOCS / "files_of_version_0_1.md").read_text()
+    (code,) = re.findall(r"^```python\n(import pickle.*?)^```", text, re.M | re.S)
     names = {}
     exec(code, names)
     return names["load"](path)
