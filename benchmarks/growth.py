@@ -21,7 +21,7 @@ COMPARED = [
     *(peers.OURS, peers.UE6M2, peers.OPTAX, peers.KERAS),
     *(peers.FOREACH, peers.COMPILED),
 ]
-# Beyond this number of leaves a compilation takes more than about a minute.
+# Points with more leaves would take most of the time of the measurement.
 MOST_LEAVES = {
     peers.OURS: 1000,
     peers.UE6M2: 100,

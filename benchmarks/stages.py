@@ -27,7 +27,7 @@ QUICK_LEAF_COUNTS = [1, 5]
 QUICK_ROUNDS = 3
 
 COMPARED = [peers.OURS, peers.UE6M2, peers.OPTAX, peers.KERAS]
-# Beyond this number of leaves a compilation takes more than about a minute.
+# Points with more leaves would take most of the time of the measurement.
 MOST_LEAVES = {peers.UE6M2: 200}
 MOST_SHAPES = 100
 

@@ -3,7 +3,8 @@
 
 Every step of RMSProp treats every element of every parameter alike. So `chain` traces
 its steps once per distinct shape and dtype instead of once per leaf, and keeps all of
-the arithmetic between the gradient and the update in float32 or wider.
+the arithmetic between the gradient and the update in float32 or wider. A shape that
+occurs once is traced as part of the step.
 """
 
 import collections
@@ -88,7 +89,8 @@ def chain(*steps: Step) -> optax.GradientTransformationExtraArgs:
             if g is None:
                 continue
             leaves = [[leaf[i] for leaf in column.values()] for column in columns]
-            # Without `jax.jit` around the update, each leaf needs a compiled function.
+            # An update that is not traced needs a compiled function for each leaf. One
+            # that only `jax.vmap` or `jax.grad` traces runs operation by operation.
             alone = shapes[jnp.shape(g)] == 1 and isinstance(g, Tracer)
             run = _run if alone else _run_once_traced
             gradients[i], leaves = run(leaf_functions, g, numbers, leaves)
