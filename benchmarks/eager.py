@@ -12,9 +12,8 @@ import jax
 import optax
 
 import optax_rms
-from benchmarks import peers
 from benchmarks.leaves import Shapes
-from benchmarks.peers import LEARNING_RATE, Leaves, NotMeasured
+from benchmarks.peers import LEARNING_RATE, Leaves, NotMeasured, torch_run
 from benchmarks.timing import alternate
 
 # LeCun, Bottou, Bengio and Haffner, 1998, "Gradient-Based Learning Applied to Document
@@ -44,11 +43,6 @@ class EagerRun:
         self.params, self._state = jax.block_until_ready((params, state))
 
 
-def torch_run(options: dict[str, Any], leaves: Leaves) -> Callable[[int], None]:
-    torch, params = peers.module("torch"), leaves.torch_params
-    return peers.TorchRun(torch.optim.RMSprop(params, LEARNING_RATE, **options), params)
-
-
 def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
     rows = []
     for name, options in progress(OPTIONS.items(), unit="comparison"):
@@ -61,7 +55,7 @@ def measure(quick: bool, progress: Callable[..., Any]) -> dict[str, Any]:
         }
         row = {"leaves": NETWORK, "comparison": name}
         try:
-            runs["torch.optim.RMSprop"] = torch_run(options, leaves)
+            runs["torch.optim.RMSprop"] = torch_run(leaves, **options)
         except NotMeasured as reason:
             missing = {"side": "torch.optim.RMSprop", "not_measured": str(reason)}
             rows.append(row | missing)

@@ -6,9 +6,7 @@ compiled step. On a GPU the allocator also reports the peak. Each side has a sep
 process for the peak, because JAX keeps one peak per process.
 """
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ import jax
 from benchmarks import peers
 from benchmarks.leaves import Shapes
 from benchmarks.peers import SIDES, JaxRun, Leaves, NotMeasured
+from benchmarks.processes import in_new_process
 
 BFLOAT16 = (peers.OURS, peers.UE6M2, peers.SPLIT, peers.OPTAX)
 CASES = [(side, "float32") for side in SIDES if side != peers.SPLIT]
@@ -51,10 +50,9 @@ def needs_of_step(side: str, leaves: Leaves) -> dict[str, float | None]:
         needs["temporary"] = run.compiled.memory_analysis().temp_size_in_bytes
     if jax.default_backend() == "gpu":
         del run
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            peak = process.submit(allocator_peak, side, leaves.shapes, leaves.dtype)
-            needs["allocator_peak"] = peak.result()
+        needs["allocator_peak"] = in_new_process(
+            allocator_peak, side, leaves.shapes, leaves.dtype
+        )
     per_parameter = leaves.elements
     return {k: v if v is None else v / per_parameter for k, v in needs.items()}
 

@@ -183,9 +183,9 @@ class TorchRun:
         self._wait()
 
 
-def torch_run(leaves: Leaves, foreach: bool) -> TorchRun:
+def torch_run(leaves: Leaves, **options: Any) -> TorchRun:
     params, torch = leaves.torch_params, module("torch")
-    return TorchRun(torch.optim.RMSprop(params, LEARNING_RATE, foreach=foreach), params)
+    return TorchRun(torch.optim.RMSprop(params, LEARNING_RATE, **options), params)
 
 
 def torch_compile_run(leaves: Leaves) -> TorchRun:

@@ -545,8 +545,8 @@ def yes_or_no(x: bool) -> str:
 
 def origin(results: pathlib.Path, device: str) -> str:
     """Where and when the parts were measured on a device."""
-    parts = ("update_step", "one_pass", "eager", "calls", "growth")
-    parts += ("memory", "stages")
+    steps = ("update_step", "one_pass", "eager", "calls")
+    parts = (*steps, "growth", "memory", "stages")
     return origin_of(results, *(f"{part}.{device}" for part in parts))
 
 

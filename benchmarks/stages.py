@@ -7,15 +7,14 @@ library, which traces each distinct shape once; a hundred leaves of distinct sha
 the worst case.
 """
 
-import multiprocessing
 import random
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from benchmarks import peers
 from benchmarks.leaves import LEAF_SETS, Shapes, distinct_shapes, equal_shapes
 from benchmarks.peers import SIDES, Leaves
+from benchmarks.processes import in_new_process
 from benchmarks.timing import summary
 
 TOTAL = 10**7
@@ -62,9 +61,7 @@ def compare(shapes: Shapes, rounds: int) -> list[dict[str, Any]]:
     order, shuffle = list(sides), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            found = process.submit(compile_in_turn, order, shapes).result()
+        found = in_new_process(compile_in_turn, order, shapes)
         for side, seconds in zip(order, found, strict=True):
             samples[side].append(seconds)
     return [

@@ -342,8 +342,11 @@ def _encode_fields(
     """The codes of the fields; other leaves get the dtypes of ``like``."""
     old_leaves, treedef = jax.tree.flatten(like)
     leaves = treedef.flatten_up_to(values)
-    coded = {i: field for i, field in enumerate(fields) if field is not None}
-    kinds = {i: (field, jnp.shape(leaves[i])) for i, field in coded.items()}
+    kinds = {
+        i: (field, jnp.shape(leaf))
+        for i, (field, leaf) in enumerate(zip(fields, leaves, strict=True))
+        if field is not None
+    }
     numbers = leaf_numbers(kinds, intact)
     for i, (leaf, old, field) in enumerate(
         zip(leaves, old_leaves, fields, strict=True)

@@ -3,9 +3,7 @@
 
 import collections
 import json
-import multiprocessing
 import resource
-from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from benchmarks import (
     small_run,
     soak,
 )
+from benchmarks.processes import in_new_process
 from examples.common import checkpoints, command_line
 from optax_rms import rmsprop
 
@@ -115,13 +114,7 @@ def test_eight_threads_agree_with_one():
     assert found["bits_compared"] > 0
 
 
-def in_new_process(function, *arguments):
-    """Orbax leaves tasks behind where it fails, which must not reach other tests."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(function, *arguments).result()
-
-
+# Orbax leaves tasks behind where it fails, which must not reach other tests.
 @pytest.mark.slow
 def test_damaged_checkpoints_are_not_used(tmp_path):
     found = in_new_process(damage.measure_damage, 3, tmp_path, in_silence)
